@@ -1,0 +1,177 @@
+"""Files in, files out: strict reading of weights, atomic writing of everything.
+
+Reads `config.json`, `.safetensors` (memory-mapped) and `.bin/.pth/.pt` (`weights_only=True`: tensors, never code);
+fills a module only when every name and shape agrees; writes a file whole or not at all. Knows no network by name.
+This is the one module that the leaf modules import: three loaders and two savers share one strict reader.
+"""
+
+import difflib
+import hashlib
+import json
+import os
+import pickle
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+PICKLE_SUFFIXES = (".bin", ".pth", ".pt")
+MAX_NAMED_KEYS = 3  # an error line names this many keys of each kind and counts the rest
+
+
+def read_json(path) -> dict:
+    """Read a JSON object. Raises: ValueError if the file is missing, not JSON, or not an object."""
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); expected a JSON file") from None
+    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def read_tensors(path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Read a flat file of tensors: (name → CPU tensor in its stored dtype, header metadata).
+
+    Raises: ValueError if it is missing, empty, truncated, holds pickled code, or is not a flat dict of tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; expected a .safetensors, .pth or .bin file")
+    if path.suffix == ".safetensors":
+        tensors, metadata = _read_safetensors(path)
+    elif path.suffix in PICKLE_SUFFIXES:
+        tensors, metadata = _read_pickle(path), {}
+    else:
+        raise ValueError(f"{path}: unknown ending {path.suffix!r}; expected .safetensors, .pth, .pt or .bin")
+    if not tensors:
+        raise ValueError(f"{path}: holds no tensor")
+    return tensors, metadata
+
+
+def _read_safetensors(path):
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: truncated or not a safetensors file ({error}); copy it again") from None
+
+
+def _read_pickle(path):
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError,
+            AttributeError, TypeError) as error:
+        # torch's own text runs over many lines and suggests weights_only=False: never repeat that advice.
+        cause = "pickled code" if "Unsupported" in str(error) or "weights_only" in str(error) else "broken"
+        raise ValueError(f"{path}: refused, not a plain file of tensors ({cause}); expected weights only") from None
+    if not isinstance(content, dict) or not all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in content.items()
+    ):
+        raise ValueError(f"{path}: expected a flat dict of tensors, got {type(content).__name__}")
+    return content
+
+
+def load_strict(module: torch.nn.Module, tensors: dict[str, torch.Tensor], source) -> None:
+    """Copy `tensors` into the parameters and persistent buffers of `module`, converting to each one's dtype.
+
+    A module on the meta device takes the tensors themselves (no copy). Raises: ValueError naming missing and
+    unexpected keys (with the nearest name), wrong shapes or non-floating tensors; the module is then untouched.
+    """
+    wanted = module.state_dict(keep_vars=True)
+    missing, unexpected = [k for k in wanted if k not in tensors], [k for k in tensors if k not in wanted]
+    if missing or unexpected:
+        near = difflib.get_close_matches(unexpected[0], missing or list(wanted), n=1) if unexpected else []
+        hint = f"; {unexpected[0]!r} is nearest to {near[0]!r}" if near else ""
+        raise ValueError(
+            f"{source}: does not fit {type(module).__name__}: {_count(missing, 'missing')}, "
+            f"{_count(unexpected, 'unexpected')}{hint}"
+        )
+    for key, value in tensors.items():
+        if value.shape != wanted[key].shape:
+            raise ValueError(
+                f"{source}: {key} has shape {tuple(value.shape)}, expected {tuple(wanted[key].shape)} "
+                f"for {type(module).__name__}"
+            )
+        if not value.is_floating_point():
+            raise ValueError(f"{source}: {key} is {value.dtype}, expected a floating-point tensor")
+    if any(value.is_meta for value in wanted.values()):
+        module.load_state_dict({k: v.to(wanted[k].dtype) for k, v in tensors.items()}, assign=True)
+        return
+    with torch.no_grad():
+        for key, value in tensors.items():
+            wanted[key].copy_(value)
+
+
+def _count(keys, what):
+    rest = f" and {len(keys) - MAX_NAMED_KEYS} more" if len(keys) > MAX_NAMED_KEYS else ""
+    return f"{len(keys)} {what}" + (f" ({', '.join(keys[:MAX_NAMED_KEYS])}{rest})" if keys else "")
+
+
+def save_tensors(path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a flat dict of tensors atomically: `.safetensors` (with header metadata) or `.pth`/`.pt` (tensors only).
+
+    Raises: ValueError for another ending or when the folder cannot be written to.
+    """
+    path = Path(path)
+    plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    if path.suffix == ".safetensors":
+        _replace(path, lambda temporary: save_file(plain, temporary, metadata={"format": "pt", **(metadata or {})}))
+    elif path.suffix in PICKLE_SUFFIXES:
+        _replace(path, lambda temporary: torch.save(plain, temporary))
+    else:
+        raise ValueError(f"{path}: unknown ending {path.suffix!r}; expected .safetensors or .pth")
+
+
+def save_object(path, content) -> None:
+    """Write nested dicts, lists, numbers and tensors (a run's state) atomically with `torch.save`."""
+    _replace(Path(path), lambda temporary: torch.save(content, temporary))
+
+
+def load_object(path) -> dict:
+    """Read what `save_object` wrote, with `weights_only=True`. Raises: ValueError if it is missing or broken."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; nothing to resume from") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError,
+            AttributeError, TypeError):
+        raise ValueError(f"{path}: truncated or not a saved run state; it cannot be resumed") from None
+
+
+def write_text(path, text: str) -> None:
+    """Write a UTF-8 text file atomically."""
+    _replace(Path(path), lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+
+
+def _replace(path: Path, write) -> None:
+    """Call `write(temporary name)` beside `path`, flush it to disk, then rename: readers see old or new, never half."""
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        os.close(handle)
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp makes private files; what a run writes is meant to be shared
+        os.replace(temporary, path)
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        raise ValueError(f"{path}: cannot be written ({error}); free space or choose another folder") from None
+    finally:
+        if temporary and os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def file_hash(path) -> str:
+    """SHA-256 of a file's bytes, 64 hexadecimal digits. Raises: ValueError if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None

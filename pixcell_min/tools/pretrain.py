@@ -1,0 +1,390 @@
+"""Make the embedded base `weights/pixcell-nano`: VAE first, then tile encoder and transformer jointly.
+
+    python -m pixcell_min.tools.pretrain --open-tiles ../shared/data/open --work runs/pretrain
+    python -m pixcell_min.tools.pretrain --help
+
+Trained on procedural tiles of the first laboratory and on openly licensed H&E images. The encoder sees its tile under
+another stain and another flip than the transformer must draw: its embedding can only speak of morphology, as UNI2-h's
+does, and the palette becomes the base's own. Running the same command again continues from the last saved state.
+"""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tqdm import tqdm
+
+from pixcell_min import checkpoint
+from pixcell_min.data import find_tiles, image_to_tensor, read_tile, tensor_to_image
+from pixcell_min.schedulers import NoiseSchedule
+from pixcell_min.tools.synthetic import FIRST, render_tile
+from pixcell_min.transformer import PixCellTransformer, TransformerConfig
+from pixcell_min.uni import IMAGENET_MEAN, IMAGENET_STD, TileEncoder
+from pixcell_min.vae import AutoencoderKL, VAEConfig, sample_posterior
+
+TILE = 256  # px
+VAE_CROP = 64  # px; the VAE is convolutional but for one attention, small crops give more steps
+VAE_BATCH, BATCH_128, BATCH_256 = 16, 64, 16
+KL_WEIGHT = 3e-4  # per latent number, against absolute plus squared error per pixel value
+MIN_SNR_GAMMA = 5.0  # Hang et al. 2023: caps the weight of nearly clean inputs
+EMA_DECAY, CONDITION_DROPOUT = 0.998, 0.1
+WARMUP, DECAY_SHARE = 100, 0.3  # rate: linear rise in steps, constant, linear fall over the last share
+SAVE_SECONDS = 300
+NANO_VAE = VAEConfig(block_out_channels=(32, 64, 128, 128), layers_per_block=1, norm_num_groups=8)
+NANO_ENCODER = {"img_size": 112, "patch_size": 14, "depth": 5, "num_heads": 4, "embed_dim": 288, "init_values": 0.1,
+                "mlp_ratio": 2.66667 * 2, "reg_tokens": 4}
+NANO_TRANSFORMER = TransformerConfig(num_layers=8, num_attention_heads=4, attention_head_dim=64, caption_channels=288)
+OD_HE = torch.tensor([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])  # Ruifrok & Johnston 2001
+
+
+def generator_for(seed, step):
+    """A generator that depends on nothing but (seed, step): a resumed run draws what an uninterrupted one draws."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+
+def stain_jitter(images, generator):
+    """Images (B, 3, H, W) in [0, 1] → the same tissue as other laboratories would have stained it.
+
+    In optical density: each stain's amount × exp(N(0, 0.35)), each stain vector tilted by N(0, 0.12) per channel,
+    a little flat density added; differentiability is not needed and not kept.
+    """
+    B = images.shape[0]
+    density = -torch.log(images.clamp(min=1 / 255))                                # (B, 3, H, W)
+    stains = F.normalize(OD_HE, dim=1)
+    amounts = torch.einsum("bchw,cs->bshw", density, torch.linalg.inv(stains))     # (B, 3 stains, H, W)
+    gains = torch.exp(0.35 * torch.randn(B, 3, 1, 1, generator=generator))
+    tilted = F.normalize((stains + 0.12 * torch.randn(B, 3, 3, generator=generator)).clamp(min=0.01), dim=2)
+    jittered = torch.einsum("bshw,bsc->bchw", amounts * gains, tilted)
+    flat = 0.05 * torch.randn(B, 3, 1, 1, generator=generator)
+    return torch.exp(-(jittered + flat)).clamp(0, 1)
+
+
+def dihedral(images, element):
+    """One of the 8 symmetries of the square (element 0..7) applied to (..., H, W)."""
+    images = torch.rot90(images, element % 4, dims=(-2, -1))
+    return images.flip(-1) if element >= 4 else images
+
+
+def random_crops(tiles, count, side, generator):
+    """`count` crops (count, 3, side, side) uint8 from a list of (3, H, W) uint8 tiles, any symmetry."""
+    crops = []
+    for _ in range(count):
+        tile = tiles[int(torch.randint(len(tiles), (), generator=generator))]
+        top, left = (int(torch.randint(n - side + 1, (), generator=generator)) for n in tile.shape[1:])
+        element = int(torch.randint(8, (), generator=generator))
+        crops.append(dihedral(tile[:, top:top + side, left:left + side], element))
+    return torch.stack(crops)
+
+
+def to_uint8(image):
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def open_crops(folder, count, seed):
+    """`count` random 256-px crops of the images below `folder`: side 192 to 512 px resized, some tissue in each."""
+    images = [read_tile(path) for path in sorted(Path(folder).rglob("*")) if path.suffix.lower() in
+              {".png", ".jpg", ".jpeg", ".tif", ".tiff"}]
+    if not images:
+        raise ValueError(f"{folder}: no image to train on; expected .png, .jpg or .tif files")
+    areas = np.array([math.sqrt(image.width * image.height) for image in images])
+    rng = np.random.default_rng(seed)
+    crops = []
+    with tqdm(total=count, desc="open crops") as bar:
+        while len(crops) < count:
+            image = images[rng.choice(len(images), p=areas / areas.sum())]
+            side = int(np.exp(rng.uniform(np.log(192), np.log(min(512, *image.size)))))
+            left, top = rng.integers(image.width - side + 1), rng.integers(image.height - side + 1)
+            crop = image.resize((TILE, TILE), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
+            tissue = (np.asarray(crop).min(axis=2) < 200).mean()
+            if tissue > rng.uniform(0, 0.6):  # empty glass is easy: keep only some of it
+                crops.append(dihedral(to_uint8(crop), int(rng.integers(8))))
+                bar.update()
+    return crops
+
+
+def training_tiles(args, work):
+    """The bank of 256-px training tiles, (N, 3, 256, 256) uint8, made once and kept in the work folder."""
+    path = work / "tiles.safetensors"
+    if not path.exists():
+        tiles = [to_uint8(render_tile(args.seed * 10_000_000 + i, laboratory=FIRST))
+                 for i in tqdm(range(args.procedural), desc="procedural tiles")]
+        if args.open_tiles:
+            tiles += open_crops(args.open_tiles, args.open_crops, args.seed)
+        checkpoint.save_tensors(path, {"tiles": torch.stack(tiles)})
+    return checkpoint.read_tensors(path)[0]["tiles"]
+
+
+def rate_factor(step, total):
+    """Warm-up, plateau, linear fall to zero: the plateau lets a later run go on from a saved state."""
+    return min(1.0, (step + 1) / WARMUP, max((total - step) / (DECAY_SHARE * total), 0.0))
+
+
+class Trainer:
+    """Parameters, optimizers, an exponential moving average and a resumable step counter for one stage."""
+
+    def __init__(self, modules, rate, path, muon=False):
+        named = [(f"{name}.{key}", p) for name, m in modules.items() for key, p in m.named_parameters()]
+        matrices = [p for n, p in named if muon and p.ndim == 2 and "blocks" in n and "table" not in n]
+        chosen = {id(p) for p in matrices}
+        others = [p for _, p in named if id(p) not in chosen]
+        self.optimizers = [torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)]
+        if matrices:  # orthogonalised momentum (Jordan et al. 2024): about half the steps of AdamW for matrices
+            self.optimizers.append(torch.optim.Muon(matrices, lr=rate, weight_decay=0.01,
+                                                    adjust_lr_fn="match_rms_adamw"))
+        self.parameters, self.rate, self.path, self.step = dict(named), rate, path, 0
+        self.ema = {name: p.detach().clone() for name, p in named}
+        if path.exists():
+            state = checkpoint.load_object(path)
+            self.step, self.ema = state["step"], state["ema"]
+            with torch.no_grad():
+                for name, p in named:
+                    p.copy_(state["parameters"][name])
+            for optimizer, values in zip(self.optimizers, state["optimizers"]):
+                optimizer.load_state_dict(values)
+            print(f"{path}: continuing at step {self.step}")
+
+    def update(self, loss, total):
+        """One optimizer step at clipped gradient; returns the gradient norm."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+            for group in optimizer.param_groups:
+                group["lr"] = self.rate * rate_factor(self.step, total)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_([p for p in self.parameters.values() if p.grad is not None], 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.step += 1
+        decay = min(EMA_DECAY, self.step / (self.step + 10))
+        names = list(self.ema)
+        torch._foreach_lerp_([self.ema[n] for n in names], [self.parameters[n].detach() for n in names], 1 - decay)
+        return norm
+
+    def save(self):
+        checkpoint.save_object(self.path, {
+            "step": self.step, "ema": self.ema, "parameters": {n: p.detach() for n, p in self.parameters.items()},
+            "optimizers": [o.state_dict() for o in self.optimizers]})
+
+    def averaged(self, name):
+        """The moving average of one module's parameters, names as in its state dict."""
+        return {key.removeprefix(name + "."): value for key, value in self.ema.items() if key.startswith(name + ".")}
+
+
+def run_stage(trainer, total, loss_at, description, seed):
+    """Steps until `total`: bar, a log line every 50 steps, a saved state every few minutes and at the end."""
+    import time
+    saved, smooth = time.monotonic(), None
+    with tqdm(total=total, initial=trainer.step, desc=description, mininterval=5) as bar:
+        while trainer.step < total:
+            loss = loss_at(generator_for(seed, trainer.step))
+            trainer.update(loss, total)
+            smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
+            bar.update()
+            if trainer.step % 50 == 0:
+                bar.set_postfix(loss=f"{smooth:.4f}")
+                with open(trainer.path.with_suffix(".jsonl"), "a", encoding="utf-8") as log:
+                    log.write(json.dumps({"step": trainer.step, "loss": smooth, "stage": description}) + "\n")
+            if time.monotonic() - saved > SAVE_SECONDS:
+                trainer.save()
+                saved = time.monotonic()
+    trainer.save()
+
+
+def train_vae(args, work, tiles):
+    """VAE stage: absolute + squared error and a light KL on 64-px crops of any stain; then the latent statistics."""
+    torch.manual_seed(args.seed)
+    vae = AutoencoderKL(VAEConfig(**{**NANO_VAE.__dict__, "scaling_factor": 1.0, "shift_factor": 0.0}))
+    for module in vae.modules():  # silent residual branches: training starts from a nearly linear autoencoder
+        if hasattr(module, "conv2"):
+            torch.nn.init.zeros_(module.conv2.weight)
+    vae.to(memory_format=torch.channels_last)
+    trainer = Trainer({"vae": vae}, args.vae_learning_rate, work / "vae.pt")
+
+    def loss_at(generator):
+        pixels = random_crops(tiles, VAE_BATCH, VAE_CROP, generator).float() / 255
+        half = VAE_BATCH // 2
+        pixels = torch.cat([pixels[:half], stain_jitter(pixels[half:], generator)]) * 2 - 1
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+            mean, logvar = vae.encode(pixels)
+            mean, logvar = mean.float(), logvar.float()
+            rebuilt = vae.decode(sample_posterior(mean, logvar, generator)).float()
+        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
+        return F.l1_loss(rebuilt, pixels) + F.mse_loss(rebuilt, pixels) + KL_WEIGHT * kl
+
+    run_stage(trainer, args.vae_steps, loss_at, "vae", args.seed)
+    checkpoint.load_strict(vae, trainer.averaged("vae"), "moving average")
+    vae.eval()
+    with torch.no_grad():
+        pixels = random_crops(tiles, 64, TILE, generator_for(args.seed, 0)).float() / 127.5 - 1
+        means = torch.cat([vae.encode(part)[0] for part in pixels.split(8)])
+    config = {"scaling_factor": round(1 / means.std().item(), 4), "shift_factor": round(means.mean().item(), 4)}
+    write_vae(args.out / "vae", vae, config)
+    return AutoencoderKL.from_pretrained(args.out / "vae")
+
+
+def latent_bank(args, work, tiles, vae):
+    """Posterior means of all tiles, (N, 16, 32, 32) float16, made once for this VAE."""
+    path = work / "latents.safetensors"
+    fingerprint = checkpoint.file_hash(args.out / "vae" / "diffusion_pytorch_model.safetensors")
+    if path.exists():
+        tensors, header = checkpoint.read_tensors(path)
+        if header.get("vae") == fingerprint and len(tensors["latents"]) == len(tiles):
+            return tensors["latents"]
+    latents = []
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+        for part in tqdm(tiles.split(8), desc="latents"):
+            pixels = (part.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+            latents.append(vae.encode(pixels)[0].half().contiguous())
+    checkpoint.save_tensors(path, {"latents": torch.cat(latents)}, {"vae": fingerprint})
+    return torch.cat(latents)
+
+
+def initialise(transformer):
+    """adaLN-Zero (Peebles & Xie 2023): silent blocks and output; Xavier matrices elsewhere."""
+    for name, p in transformer.named_parameters():
+        if p.ndim == 2 and "table" not in name:
+            torch.nn.init.xavier_uniform_(p)
+    for p in (transformer.proj_out.weight, transformer.proj_out.bias, transformer.adaln_single.linear.weight,
+              transformer.adaln_single.linear.bias):
+        torch.nn.init.zeros_(p)
+    for block in transformer.transformer_blocks:
+        torch.nn.init.zeros_(block.scale_shift_table)
+        torch.nn.init.zeros_(block.attn2.to_out[0].weight)
+
+
+def train_transformer(args, work, tiles, latents):
+    """Joint stage: the encoder learns what the denoiser needs; half tiles (128 px) first, whole tiles after."""
+    torch.manual_seed(args.seed)
+    transformer, encoder = PixCellTransformer(NANO_TRANSFORMER), TileEncoder(NANO_ENCODER)
+    initialise(transformer)
+    if args.start_from:
+        checkpoint.load_strict(transformer, PixCellTransformer.from_pretrained(
+            args.start_from / "transformer").state_dict(), args.start_from)
+        checkpoint.load_strict(encoder, TileEncoder.from_pretrained(args.start_from / "uni").state_dict(),
+                               args.start_from)
+    schedule, C = NoiseSchedule.linear(), NANO_TRANSFORMER.in_channels
+    trainer = Trainer({"transformer": transformer, "encoder": encoder}, args.learning_rate, work / "joint.pt", muon=True)
+    total = args.half_steps + args.steps
+
+    def loss_at(generator):
+        half = trainer.step < args.half_steps
+        batch, side = (BATCH_128, 16) if half else (BATCH_256, 32)
+        rows = torch.randint(len(tiles), (batch,), generator=generator)
+        tops, lefts = torch.randint(33 - side, (2, batch), generator=generator)
+        windows = [(slice(t, t + side), slice(l, l + side)) for t, l in zip(tops.tolist(), lefts.tolist())]
+        x0 = torch.stack([latents[i][:, r, c] for i, (r, c) in zip(rows, windows)]).float()
+        seen = torch.stack([tiles[i][:, r.start * 8:r.stop * 8, c.start * 8:c.stop * 8]
+                            for i, (r, c) in zip(rows, windows)]).float() / 255
+        seen = F.interpolate(seen, NANO_ENCODER["img_size"] * side // 32, mode="bilinear", antialias=True)
+        seen = stain_jitter(seen, generator)
+        elements = torch.randint(8, (batch,), generator=generator)
+        seen = torch.stack([dihedral(image, int(e)) for image, e in zip(seen, elements)])
+        noise = torch.randn(x0.shape, generator=generator)
+        # Stratified timesteps: one from each of `batch` equal ranges, so batches differ less in difficulty.
+        t = ((torch.arange(batch) + torch.rand(batch, generator=generator)) / batch * 1000).long().clamp(max=999)
+        noisy = schedule.add_noise(x0, noise, t)
+        drop = torch.rand(batch, 1, 1, generator=generator) < CONDITION_DROPOUT
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+            mean, std = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
+            tokens = encoder.vit((seen - mean) / std)[:, None].float()
+            tokens = torch.where(drop, transformer.uncond_embedding, tokens)
+            predicted = transformer(noisy, t, tokens)[:, :C].float()
+        weights = (MIN_SNR_GAMMA / schedule.snr(t)).clamp(max=1)
+        return (weights * (predicted - noise).pow(2).mean(dim=(1, 2, 3))).mean()
+
+    run_stage(trainer, total, loss_at, "joint", args.seed + 1)
+    averaged = trainer.averaged("transformer")
+    averaged["caption_projection.uncond_embedding"] = transformer.uncond_embedding
+    write_transformer(args.out / "transformer", averaged)
+    write_encoder(args.out / "uni", {k.removeprefix("vit."): v for k, v in trainer.averaged("encoder").items()})
+
+
+def write_vae(folder, vae, factors):
+    config = {"_class_name": "AutoencoderKL", "act_fn": "silu", "down_block_types": ["DownEncoderBlock2D"] * 4,
+              "up_block_types": ["UpDecoderBlock2D"] * 4, "sample_size": TILE, "use_quant_conv": False,
+              "use_post_quant_conv": False, "mid_block_add_attention": True, **NANO_VAE.__dict__, **factors}
+    checkpoint.save_tensors(folder / "diffusion_pytorch_model.safetensors",
+                            {k: v.half() for k, v in vae.state_dict().items()})
+    checkpoint.write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def write_transformer(folder, tensors):
+    config = {"_class_name": "PixCellTransformer2DModel", "activation_fn": "gelu-approximate", "attention_bias": True,
+              "attention_type": "default", "dropout": 0.0, "norm_elementwise_affine": False,
+              "norm_type": "ada_norm_single", "use_additional_conditions": False, **NANO_TRANSFORMER.__dict__}
+    checkpoint.save_tensors(folder / "diffusion_pytorch_model.safetensors", {k: v.half() for k, v in tensors.items()})
+    checkpoint.write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    scheduler = {"_class_name": "DPMSolverMultistepScheduler", "num_train_timesteps": 1000, "beta_start": 0.0001,
+                 "beta_end": 0.02, "beta_schedule": "linear", "prediction_type": "epsilon",
+                 "algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint",
+                 "timestep_spacing": "linspace"}
+    checkpoint.write_text(folder.parent / "scheduler" / "scheduler_config.json",
+                          json.dumps(scheduler, indent=2) + "\n")
+
+
+def write_encoder(folder, tensors):
+    size = NANO_ENCODER["img_size"]
+    config = {"architecture": "vit_giant_patch14_224", "num_classes": 0, "num_features": NANO_ENCODER["embed_dim"],
+              "model_args": NANO_ENCODER, "pretrained_cfg": {"input_size": [3, size, size], "mean": IMAGENET_MEAN,
+                                                             "std": IMAGENET_STD, "interpolation": "bilinear"}}
+    checkpoint.save_tensors(folder / "model.safetensors", {k: v.half() for k, v in tensors.items()})
+    checkpoint.write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def report_vae(vae, folder):
+    """PSNR (dB) of the VAE round trip over the tiles of a folder never trained on."""
+    errors = []
+    for tile in find_tiles(folder):
+        image = read_tile(tile.path).resize((TILE, TILE), Image.Resampling.LANCZOS)
+        with torch.no_grad():
+            rebuilt = vae.decode(vae.encode(image_to_tensor(image)[None])[0])[0]
+        difference = np.asarray(tensor_to_image(rebuilt), np.float64) - np.asarray(image, np.float64)
+        errors.append((difference**2).mean())
+    print(f"VAE round trip on {len(errors)} tiles of {folder}: {10 * math.log10(255**2 / np.mean(errors)):.2f} dB")
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("weights/pixcell-nano"), help="base folder to write")
+    parser.add_argument("--work", type=Path, default=Path("runs/pretrain"), help="resumable state and tile bank")
+    parser.add_argument("--open-tiles", type=Path, help="folder of openly licensed H&E images")
+    parser.add_argument("--measure", type=Path, help="folder of tiles never trained on, for the VAE's PSNR")
+    parser.add_argument("--start-from", type=Path, help="base folder whose transformer and encoder to carry on from")
+    parser.add_argument("--stage", choices=("all", "vae", "joint"), default="all")
+    parser.add_argument("--procedural", type=int, default=4000, help="procedural tiles in the bank")
+    parser.add_argument("--open-crops", type=int, default=4000, help="crops of open images in the bank")
+    parser.add_argument("--vae-steps", type=int, default=4000)
+    parser.add_argument("--half-steps", type=int, default=4000, help="joint steps on 128-px windows, batch 64")
+    parser.add_argument("--steps", type=int, default=2000, help="joint steps on 256-px tiles, batch 16")
+    parser.add_argument("--vae-learning-rate", type=float, default=1e-3)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 autocast")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0: PyTorch's choice")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(arguments)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    try:
+        tiles = training_tiles(args, args.work)
+        if args.stage in ("all", "vae"):
+            vae = train_vae(args, args.work, tiles)
+        else:
+            vae = AutoencoderKL.from_pretrained(args.out / "vae")
+        if args.measure:
+            report_vae(vae, args.measure)
+        if args.stage in ("all", "joint"):
+            train_transformer(args, args.work, tiles, latent_bank(args, args.work, tiles, vae))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""UNI2-h, the frozen tile encoder: a timm vision transformer, its preprocessing, tile → embedding tokens (B, S, E).
+
+The same code builds the small encoder of the embedded base: its `config.json` carries `model_args`. For the real
+UNI2-h these arguments are not in the file (timm does not fill them in from the hub), so they stand here.
+Source: Chen et al. 2024 (UNI); the architecture is timm's `vit_giant_patch14_224`.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from PIL import Image
+from timm.layers import SwiGLUPacked
+from torch import nn
+
+from pixcell_min.checkpoint import load_strict, read_json, read_tensors
+
+ARCHITECTURE = "vit_giant_patch14_224"
+UNI2H_ARGS = {"img_size": 224, "patch_size": 14, "depth": 24, "num_heads": 24, "embed_dim": 1536, "init_values": 1e-5,
+              "mlp_ratio": 2.66667 * 2, "reg_tokens": 8}
+WEIGHT_NAMES = ("model.safetensors", "pytorch_model.bin")
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CROP = 256  # px: one condition token speaks of one crop of this side, at 0.5 µm/px
+MULTI_CROP_SIDE = 1024  # px: the tile of PixCell-1024, a 4×4 grid of crops
+
+
+class TileEncoder(nn.Module):
+    """Preprocessing and the vision transformer; frozen, evaluation mode, any number of tiles per call."""
+
+    def __init__(self, model_args=None, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+        """`model_args`: size of the network as in UNI2H_ARGS. Raises: ValueError for arguments timm refuses."""
+        super().__init__()
+        args = dict(UNI2H_ARGS if model_args is None else model_args)
+        if not isinstance(args, dict) or set(args) != set(UNI2H_ARGS):
+            raise ValueError(f"model_args must name exactly {sorted(UNI2H_ARGS)}, got {sorted(args)}")
+        self.vit = timm.create_model(
+            ARCHITECTURE, pretrained=False, num_classes=0, no_embed_class=True, dynamic_img_size=True,
+            mlp_layer=SwiGLUPacked, act_layer=nn.SiLU, **args)
+        self.input_size, self.embedding_dim = args["img_size"], args["embed_dim"]
+        self.mean, self.std = tuple(mean), tuple(std)
+
+    @classmethod
+    def from_pretrained(cls, folder, dtype=torch.float32):
+        """Read `config.json` and `model.safetensors` or `pytorch_model.bin`, strictly, and freeze.
+
+        Raises: ValueError if a file is missing, is not this network, or holds anything but tensors.
+        """
+        folder = Path(folder)
+        config = read_json(folder / "config.json")
+        if config.get("architecture", ARCHITECTURE) != ARCHITECTURE:
+            raise ValueError(f"{folder / 'config.json'}: architecture {config['architecture']!r}, "
+                             f"expected {ARCHITECTURE!r}")
+        path = next((folder / name for name in WEIGHT_NAMES if (folder / name).is_file()), None)
+        if path is None:
+            raise ValueError(f"{folder}: no {' or '.join(WEIGHT_NAMES)}; put the encoder's weights there")
+        tensors, _ = read_tensors(path)
+        pretrained = config.get("pretrained_cfg") or {}
+        encoder = cls(config.get("model_args"), pretrained.get("mean", IMAGENET_MEAN),
+                      pretrained.get("std", IMAGENET_STD)).to(dtype)
+        load_strict(encoder.vit, tensors, path)
+        return encoder.requires_grad_(False).eval()
+
+    def forward(self, images):
+        """PIL image(s) or float tensor (3, H, W) / (B, 3, H, W) in [0, 1] → embeddings (B, S, E), in the weights' dtype.
+
+        S is 16, crops in row order, for 1024×1024 tiles, else 1 (the whole tile, resized to the input size).
+        Differentiable for tensors. Raises: ValueError for other inputs or tiles of mixed crop counts.
+        """
+        weight = self.vit.patch_embed.proj.weight
+        crops = [self._crops(image) for image in self._as_list(images)]             # each (S, 3, size, size)
+        if len({len(c) for c in crops}) != 1:
+            raise ValueError("tiles of 1024×1024 and of other sizes cannot share one call: they differ in tokens")
+        pixels = torch.cat(crops).to(weight.device, weight.dtype)                   # (B·S, 3, size, size)
+        mean, std = (pixels.new_tensor(v)[:, None, None] for v in (self.mean, self.std))
+        return rearrange(self.vit((pixels - mean) / std), "(b s) e -> b s e", b=len(crops))
+
+    @staticmethod
+    def _as_list(images):
+        if isinstance(images, Image.Image) or (isinstance(images, torch.Tensor) and images.ndim == 3):
+            images = [images]
+        images = list(images)
+        if not images:
+            raise ValueError("no tile given; expected at least one PIL image or tensor")
+        for image in images:
+            is_tensor = isinstance(image, torch.Tensor)
+            if not is_tensor and not isinstance(image, Image.Image):
+                raise ValueError(f"expected PIL images or float tensors, got {type(image).__name__}")
+            if is_tensor and (image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point()):
+                raise ValueError(f"a tensor tile must be float (3, H, W) in [0, 1], got {image.dtype} "
+                                 f"{tuple(image.shape)}")
+        return images
+
+    def _crops(self, image):
+        """One tile → (S, 3, size, size) in [0, 1]; PIL tiles are resized by PIL, as UNI2-h's own transform does."""
+        size = self.input_size
+        if isinstance(image, Image.Image):
+            image = image.convert("RGB")
+            boxes = crop_boxes(*image.size)
+            crops = [np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box)) for box in boxes]
+            return rearrange(torch.from_numpy(np.stack(crops)), "s h w c -> s c h w").float() / 255
+        parts = [image[:, top:bottom, left:right]
+                 for left, top, right, bottom in crop_boxes(image.shape[2], image.shape[1])]
+        return F.interpolate(torch.stack(parts).float(), (size, size), mode="bilinear", antialias=True)
+
+
+def crop_boxes(width, height):
+    """(left, top, right, bottom) of the crops to embed: a 4×4 grid for 1024×1024, else the centred square."""
+    if (width, height) == (MULTI_CROP_SIDE, MULTI_CROP_SIDE):
+        starts = range(0, MULTI_CROP_SIDE, CROP)
+        return [(left, top, left + CROP, top + CROP) for top in starts for left in starts]
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    return [(left, top, left + side, top + side)]
