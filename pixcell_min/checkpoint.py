@@ -144,9 +144,14 @@ def load_object(path) -> dict:
         raise ValueError(f"{path}: truncated or not a saved run state; it cannot be resumed") from None
 
 
+def write_bytes(path, content: bytes) -> None:
+    """Write a file atomically. Raises: ValueError if it cannot be written."""
+    _replace(Path(path), lambda temporary: Path(temporary).write_bytes(content))
+
+
 def write_text(path, text: str) -> None:
-    """Write a UTF-8 text file atomically."""
-    _replace(Path(path), lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+    """Write a UTF-8 text file atomically. Raises: ValueError if it cannot be written."""
+    write_bytes(path, text.encode())
 
 
 def _replace(path: Path, write) -> None:

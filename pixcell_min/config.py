@@ -1,0 +1,303 @@
+"""Settings of a training run: defaults < YAML file < command-line flags, all through one check.
+
+The dataclass `Config` is the only list: flags, `--help`, YAML keys, ranges and the example
+config.yaml come from its fields. It reads nothing but the YAML file and never looks at weights or
+tiles. Below the scripts functions receive values, never a Config. Every check is an argparse type.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import math
+import re
+import reprlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import yaml
+
+WRONG = (ValueError, TypeError, OverflowError)  # what the conversions and checks below raise
+YAML_HEAD = """\
+# All settings of a run: python train.py --config config.yaml
+# A line that is left out keeps its default; flags win over this file (python train.py --help).
+"""
+
+
+class Check(NamedTuple):
+    """What one setting may be."""
+
+    expected: str  # completes "expected …"
+    parse: Callable  # a flag's text → value
+    accept: Callable  # a value of YAML, Python or `parse` → the value kept; raises WRONG
+
+    def __call__(self, text: str):
+        """As argparse type: text → value. Raises: argparse.ArgumentTypeError, with the range."""
+        try:
+            return self.accept(self.parse(text))
+        except WRONG:
+            raise argparse.ArgumentTypeError(_expected_got(self, text)) from None
+
+
+def _expected_got(check, value):
+    return f"expected {check.expected}, got {reprlib.repr(value)}"  # reprlib cuts long values
+
+
+def _keep(value, condition):
+    if not condition:
+        raise ValueError
+    return value
+
+
+def integer(low: int, high: float = math.inf) -> Check:
+    """A whole number from low to high, both included; neither True nor 8.0."""
+    expected = f"an integer >= {low}" if high == math.inf else f"an integer from {low} to {high}"
+    return Check(expected, int, lambda v: _keep(v, type(v) is int and low <= v <= high))
+
+
+def number(low: float, high: float = math.inf, *, above=False, below=False) -> Check:
+    """A finite number from low to high; without low itself if `above`, without high if `below`."""
+
+    def accept(value):
+        _keep(value, type(value) in (int, float) and math.isfinite(value))
+        _keep(value, low <= value <= high)
+        _keep(value, not (above and value == low or below and value == high))
+        return float(value)
+
+    end = f" and {'<' if below else '<='} {high:g}" if high < math.inf else ""
+    return Check(f"a number {'>' if above else '>='} {low:g}{end}", float, accept)
+
+
+def one_of(*choices: str) -> Check:
+    """One of these words; false counts as "no", for that is how YAML reads a bare no."""
+
+    def accept(value):
+        value = "no" if value is False else value
+        return _keep(value, value in choices)
+
+    return Check(f"one of {', '.join(choices)}", str, accept)
+
+
+def words(*choices: str) -> Check:
+    """One or more different words, out of `choices` if there are any, kept as a tuple."""
+
+    def accept(value):
+        _keep(value, isinstance(value, list | tuple) and 0 < len(value) == len(set(value)))
+        return _keep(tuple(value), all(
+            isinstance(word, str) and word and (not choices or word in choices) for word in value))
+
+    source = f" out of {', '.join(choices)}" if choices else ""
+    return Check(f"different words{source}", tuple, accept)
+
+
+def _accept_blocks(value):
+    if value is None or value == "all":
+        return None
+    if isinstance(value, str):
+        _keep(value, re.fullmatch(r"\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*", value))
+        spans = [[int(end) for end in span.split("-")] for span in value.split(",")]
+        _keep(value, all(span[0] <= span[-1] for span in spans))
+        value = [block for span in spans for block in range(span[0], span[-1] + 1)]
+    value = [value] if type(value) is int else value
+    _keep(value, isinstance(value, list | tuple) and len(value) > 0)
+    return tuple(sorted({BLOCK.accept(block) for block in value}))
+
+
+positive_int, nonnegative_int = integer(1), integer(0)
+positive_float, nonnegative_float = number(0, above=True), number(0)
+fraction = number(0, 1)
+DROPOUT, SHARE = number(0, 1, below=True), number(0, 1, above=True, below=True)
+SEED, BLOCK = integer(0, 2**63 - 1), integer(0, 999)  # 999: "0-9999999999" would fill memory
+TEXT = Check("text", str, lambda v: _keep(v, isinstance(v, str) and v.strip()))
+TEXT_OR_NULL = Check("text or null", str, lambda v: None if v is None else TEXT.accept(v))
+FLAG = Check("true or false", lambda v: v, lambda v: _keep(v, isinstance(v, bool)))
+DEVICE = Check("auto, cpu, mps, cuda or cuda:N", str,
+               lambda v: _keep(v, re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", v)))
+BLOCKS = Check('null, all, a text such as "0-13" or "0,2,4-6", or a list', str, _accept_blocks)
+
+
+def _setting(default, check, unit, help, flag=None):
+    return dataclasses.field(
+        default=default, metadata={"check": check, "unit": unit, "help": help, "flag": flag})
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The settings of a run; every field is checked on construction. Raises: ValueError."""
+
+    data: str | None = _setting(
+        None, TEXT_OR_NULL, "path", "folder of class folders or of images; null: procedural tiles")
+    base: str = _setting(
+        "weights/pixcell-nano", TEXT, "path", "base model: transformer/ vae/ scheduler/ uni/")
+    out: str = _setting("runs/lora", TEXT, "path", "run folder")
+    cache: str = _setting("runs/cache", TEXT, "path", "latents and embeddings, shared by runs")
+    lora_rank: int = _setting(8, positive_int, "dimensions", "inner size R of an update", "--rank")
+    lora_alpha: float = _setting(
+        16.0, positive_float, "factor", "updates are scaled by alpha / rank", "--alpha")
+    lora_target_modules: tuple[str, ...] = _setting(
+        ("to_q", "to_k", "to_v", "to_out.0"), words(), "layer names",
+        "linear layers to wrap", "--target-modules")
+    lora_attention: tuple[str, ...] = _setting(
+        ("attn1", "attn2"), words("attn1", "attn2"), "module names",
+        "attn1: self, attn2: cross", "--attention")
+    lora_blocks: tuple[int, ...] | None = _setting(
+        None, BLOCKS, "numbers from 0", "blocks to adapt", "--blocks")
+    lora_dropout: float = _setting(0.0, DROPOUT, "probability", "dropout on the input of updates")
+    lora_init: str = _setting(
+        "kaiming", one_of("kaiming", "gaussian"), "name", "start of lora_A; lora_B starts at 0")
+    use_rslora: bool = _setting(False, FLAG, "switch", "scale by alpha / sqrt(rank) instead")
+    learning_rate: float = _setting(1e-4, positive_float, "per step", "peak AdamW rate of LoRA")
+    adapter_learning_rate: float = _setting(
+        1e-3, positive_float, "per step", "peak AdamW rate of the adapter")
+    weight_decay: float = _setting(0.01, nonnegative_float, "factor", "weight decay of AdamW")
+    max_grad_norm: float = _setting(1.0, positive_float, "L2 norm", "longer gradients are clipped")
+    lr_schedule: str = _setting(
+        "cosine", one_of("cosine", "constant"), "name", "both rates after the warm-up")
+    warmup_steps: int = _setting(20, nonnegative_int, "steps", "linear rise of both rates")
+    max_train_steps: int = _setting(300, positive_int, "steps", "optimizer steps of the run")
+    batch_size: int = _setting(4, positive_int, "tiles", "size of a micro-batch")
+    gradient_accumulation_steps: int = _setting(4, positive_int, "micro-batches", "in each step")
+    mixed_precision: str = _setting(
+        "auto", one_of("auto", "no", "fp16", "bf16"), "name",
+        "autocast; auto: fp16 on CUDA, bf16 on a CPU fast at it, else no")
+    condition_dropout: float = _setting(
+        0.1, fraction, "probability", "condition replaced by the null embedding")
+    seed: int = _setting(0, SEED, "number", "start of every random draw")
+    save_every: int = _setting(100, nonnegative_int, "steps", "between saves; 0: at the end only")
+    validate_every: int = _setting(
+        100, nonnegative_int, "steps", "between validations; 0: before and after only")
+    validation_fraction: float = _setting(0.1, SHARE, "share", "tiles held out, of every class")
+    sample_count: int = _setting(4, nonnegative_int, "tiles", "in the sample grid; 0: no grid")
+    guidance_scale: float = _setting(
+        1.5, nonnegative_float, "factor", "guidance of the sample grid; 1: none")
+    tile_fit: str = _setting(
+        "resize", one_of("resize", "pad"), "name",
+        "tiles of another size; pad: mirrored margins, scale kept")
+    strict_data: bool = _setting(False, FLAG, "switch", "stop at an unreadable tile, else skip it")
+    dihedral: bool = _setting(True, FLAG, "switch", "train on all 8 turns and mirrorings")
+    gradient_checkpointing: bool = _setting(False, FLAG, "switch", "less memory for more time")
+    device: str = _setting("auto", DEVICE, "name", "auto: cuda where there is one, else cpu")
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = _checked(field, getattr(self, field.name), "Config")
+            object.__setattr__(self, field.name, value)
+
+
+FIELDS = {field.name: field for field in dataclasses.fields(Config)}
+
+
+def _checked(field, value, where, parse=lambda value: value):
+    check = field.metadata["check"]
+    try:
+        return check.accept(parse(value))
+    except WRONG:
+        raise ValueError(f"{where}: {field.name}: {_expected_got(check, value)}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that reads 1e-4 as a number and refuses a key given twice."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key for key, _ in node.value]
+        for i, key in enumerate(keys):
+            if key.value in [earlier.value for earlier in keys[:i]]:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key.value!r} stands twice", key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Safe YAML that quotes the texts which `_Loader` would read as numbers."""
+
+
+# Trap: PyYAML follows YAML 1.1, where 1e-4 and 1.5e3 (no dot, or no sign) are texts.
+EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+\Z")
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
+
+
+def read_yaml(path) -> dict:
+    """YAML file → {field name: checked value} of the keys it gives.
+
+    Raises: ValueError if it is missing, no YAML, no mapping, or has an unknown key or wrong value.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = yaml.load(file, _Loader)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, *WRONG, LookupError, AttributeError, RecursionError) as error:
+        reason = " ".join(str(error).split())  # all but the first come out of tags such as !!int x
+        raise ValueError(f"{path}: not valid YAML ({reason})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected lines 'key: value', got {type(content).__name__}")
+    for key in content:
+        if key not in FIELDS:
+            near = difflib.get_close_matches(str(key).replace("-", "_"), FIELDS, 1, cutoff=0)[0]
+            raise ValueError(f"{path}: unknown key {reprlib.repr(key)}; the nearest is {near}")
+    return {key: _checked(FIELDS[key], value, path) for key, value in content.items()}
+
+
+def to_yaml(config: Config) -> str:
+    """All settings as commented YAML; `read_yaml` of it gives the same Config."""
+    lines = [YAML_HEAD]
+    for name, field in FIELDS.items():
+        value = getattr(config, name)
+        value = list(value) if isinstance(value, tuple) else value
+        # A list of one, because a bare scalar is written with an end-of-document mark.
+        text = yaml.dump([value], Dumper=_Dumper, default_flow_style=True, width=math.inf)
+        lines.append(f"# {_described(field)}\n{name}: {text.strip()[1:-1]}\n")
+    return "".join(lines)
+
+
+def _described(field):
+    return "{help} [{unit}]; {check.expected}".format(**field.metadata)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An ArgumentParser with one-line errors on stderr, exit code 2; it completes no prefixes."""
+
+    def __init__(self, **settings):
+        super().__init__(allow_abbrev=False, **settings)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+
+def parse_train(argv=None) -> tuple[Config, argparse.Namespace]:
+    """argv (default: sys.argv[1:]) → (settings, options: config, resume, overwrite, dry_run).
+
+    Raises: ValueError for a wrong value in the file or a flag; SystemExit(2) for an unknown flag,
+    a flag without value, or --resume together with --overwrite.
+    """
+    options = _train_parser().parse_args(argv)
+    values = read_yaml(options.config) if options.config is not None else {}
+    for name, field in FIELDS.items():
+        if hasattr(options, name):
+            parse = field.metadata["check"].parse
+            values[name] = _checked(field, getattr(options, name), _flag(field), parse)
+            delattr(options, name)
+    return Config(**values), options
+
+
+def _flag(field):
+    return field.metadata["flag"] or "--" + field.name.replace("_", "-")
+
+
+def _train_parser():
+    parser = OneLineParser(prog="train.py", description="Adapt PixCell to a folder of tiles with "
+                           "LoRA and an embedding adapter. Defaults < --config file < flags.")
+    parser.add_argument("--config", metavar="FILE", help="YAML file of settings, as config.yaml")
+    run = parser.add_mutually_exclusive_group()
+    run.add_argument("--resume", action="store_true", help="continue the run in --out")
+    run.add_argument("--overwrite", action="store_true", help="replace the run in --out")
+    parser.add_argument("--dry-run", action="store_true", help="print the settings and stop")
+    for name, field in FIELDS.items():
+        is_switch = field.metadata["check"] is FLAG
+        kind = {"action": argparse.BooleanOptionalAction} if is_switch else {"metavar": "VALUE"}
+        if isinstance(field.default, tuple):
+            kind["nargs"] = "+"
+        help = f"{_described(field)}; default {field.default}".replace("%", "%%")
+        # Absent flags leave no attribute, so that they cannot shadow the file.
+        parser.add_argument(_flag(field), dest=name, default=argparse.SUPPRESS, help=help, **kind)
+    return parser

@@ -1,0 +1,311 @@
+"""Tiles on disk → cached latents and embeddings → batches of row numbers.
+
+Reads a folder, turns every file into RGB of one size, encodes it once (mean and std of latents,
+embedding tokens), and says which tiles make up the batch of any micro-step. It knows no network
+(VAE and encoder are arguments) and remembers no position. Rows of feature tensors: tile · V +
+variant, V = 8 dihedral variants or 1. Latents are drawn at each use: mean + std · noise.
+"""
+
+import hashlib
+import os
+import struct
+from collections import defaultdict
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from pixcell_min.checkpoint import file_hash, read_tensors, save_tensors
+
+SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".webp", ".bmp")
+FORMATS = ("TIFF", "PNG", "JPEG", "WEBP", "BMP")  # else an EPS named .png would start Ghostscript
+MAX_TILE_PIXELS = 2**26  # 8192 × 8192: a tile, not a slide and not a decompression bomb
+PHOTOMETRIC = 262  # the TIFF tag; 0 means that white is zero
+DIHEDRAL = (None, *Image.Transpose)  # the identity and Pillow's 7 turns and mirrorings
+CACHE_VERSION = 1  # raise it whenever the same input would give other features
+# What Pillow lets out on broken files: the first five were seen on a million damaged ones.
+DECODE_ERRORS = (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError,
+                 LookupError, ArithmeticError, EOFError, struct.error)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """An image file and its class: the name of its folder, or None in a folder without classes."""
+
+    path: Path
+    label: str | None = None
+
+
+def find_tiles(folder) -> list[Tile]:
+    """List the images of a folder, or of its direct sub-folders (classes), sorted by class, name.
+
+    Endings: SUFFIXES in any case; names that start with a dot are ignored. Raises: ValueError if
+    there is no such folder, no image, or images both beside and inside class folders.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; expected images, or class folders of images")
+    inside = [Tile(path, sub.name) for sub in _visible(folder) if sub.is_dir()
+              for path in _images(sub)]
+    beside = [Tile(path) for path in _images(folder)]
+    if inside and beside:
+        raise ValueError(f"{folder}: holds both images ({beside[0].path.name}) and class folders "
+                         f"({inside[0].label}); expected one of the two")
+    if not inside and not beside:
+        raise ValueError(f"{folder}: no image in it or in its direct sub-folders; "
+                         f"expected files ending in {' '.join(SUFFIXES)}")
+    return inside or beside
+
+
+def _visible(folder):
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def _images(folder):
+    # A link to nowhere is kept: it is an unreadable tile to be named, not a file to overlook.
+    return [p for p in _visible(folder) if p.suffix.lower() in SUFFIXES and not p.is_dir()]
+
+
+def read_tile(path) -> Image.Image:
+    """Read the first frame of a file as 8-bit RGB, turned as its EXIF orientation says.
+
+    Transparency is laid on white (glass); 16-bit grey v becomes round(v / 257), 16-bit colour its
+    high byte; CMYK becomes (1 − ink)·(1 − black); colour profiles are not applied.
+    Raises: ValueError naming the file if it is missing, broken, 32-bit, or above MAX_TILE_PIXELS.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > MAX_TILE_PIXELS:
+                raise ValueError(f"{image.width}×{image.height} is above {MAX_TILE_PIXELS} px")
+            return _to_rgb(image)
+    except DECODE_ERRORS as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path}: cannot be read as a tile ({reason})") from None
+
+
+def _to_rgb(image):
+    # Trap: convert("RGB") clips 16-bit grey at 255 instead of scaling it, and drops alpha unseen.
+    white_is_zero = getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == 0
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        levels = np.asarray(image).astype(np.float32)
+        if white_is_zero:  # Pillow inverts such pixels itself when they have 8 bits, not with 16
+            levels = 65535 - levels
+        image = Image.fromarray(np.rint(levels / 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError("32-bit pixels have no stated range; save it with 8 or 16 bits")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def fit_tile(image: Image.Image, size: int, how: str) -> Image.Image:
+    """Bring an RGB image to size × size pixels. Raises: ValueError for another `how`.
+
+    "resize": the centre square, bicubic with antialiasing; its scale in µm/px changes.
+    "pad": scale kept; centre crop where larger, mirrored margins (edge not doubled) where smaller.
+    """
+    width, height = image.size
+    if how == "resize":
+        side = min(width, height)
+        left, top = (width - side) // 2, (height - side) // 2
+        square = image.crop((left, top, left + side, top + side))
+        return square.resize((size, size), Image.Resampling.BICUBIC)
+    if how == "pad":
+        left, top = max(0, (width - size) // 2), max(0, (height - size) // 2)
+        pixels = np.asarray(image)[top:top + size, left:left + size]
+        margins = [((size - n) // 2, (size - n + 1) // 2) for n in pixels.shape[:2]]
+        return Image.fromarray(np.pad(pixels, (*margins, (0, 0)), mode="reflect"))
+    raise ValueError(f"tile fit must be resize or pad, got {how!r}")
+
+
+def image_to_tensor(image: Image.Image) -> torch.Tensor:
+    """RGB image → (3, H, W) float32 in [−1, 1]: pixel / 127.5 − 1."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().contiguous() / 127.5 - 1
+
+
+def tensor_to_image(pixels: torch.Tensor) -> Image.Image:
+    """(3, H, W) clamped to [−1, 1] → RGB image, rounded to 256 levels. Raises: ValueError: NaN."""
+    if pixels.isnan().any():
+        raise ValueError("pixels hold NaN; decode in float32")
+    levels = ((pixels.detach().cpu().float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
+
+
+def split_tiles(tiles, validation_fraction: float, seed: int) -> tuple[list[Tile], list[Tile]]:
+    """(training tiles, validation tiles), apart by file, sorted by class and name, neither empty.
+
+    A class of k tiles gives k · fraction, rounded down or up, to validation. Lots depend on seed,
+    class and file name alone, not on the order of `tiles`. Raises: ValueError below 2 tiles.
+    """
+    if len(tiles) < 2:
+        raise ValueError(f"got {len(tiles)} tile(s); expected at least 2, one for validation")
+    classes = defaultdict(list)
+    for tile in tiles:
+        lot = hashlib.sha256(repr((seed, tile.label, tile.path.name)).encode()).digest()
+        classes[tile.label].append((lot, tile))
+    ranked = []  # by how far a tile lies beyond its class's due, k · fraction: largest remainders
+    for members in classes.values():
+        members.sort(key=lambda member: member[0])
+        due = len(members) * validation_fraction
+        ranked += [(max(0.0, i + 1 - due), *member) for i, member in enumerate(members)]
+    ranked.sort(key=lambda entry: entry[:2])
+    count = min(max(round(len(tiles) * validation_fraction), 1), len(tiles) - 1)
+    held_out = {tile for _, _, tile in ranked[:count]}
+    tiles = sorted(tiles, key=lambda tile: (tile.label or "", tile.path))
+    return [t for t in tiles if t not in held_out], [t for t in tiles if t in held_out]
+
+
+def load_tiles(tiles, size: int, how: str, strict: bool, report):
+    """Yield (tile, RGB image of size × size) for every readable tile of the list, in order.
+
+    An unreadable one is named to `report(line)` and skipped; a last line counts them. Raises:
+    ValueError at the first unreadable tile if `strict`, and at the end if none was readable.
+    """
+    skipped = 0
+    for tile in tiles:
+        image = _read_or_report(tile, strict, report)
+        if image is None:
+            skipped += 1
+        else:
+            yield tile, fit_tile(image, size, how)
+    if skipped == len(tiles):
+        raise ValueError(f"no readable tile: {skipped} of {len(tiles)} files failed")
+    if skipped:
+        report(f"{skipped} of {len(tiles)} tiles could not be read and were skipped")
+
+
+def _read_or_report(tile, strict, report):
+    try:
+        return read_tile(tile.path)
+    except ValueError as error:
+        if strict:
+            raise
+        report(f"skipped {error}")
+        return None
+
+
+@dataclass(frozen=True)
+class Features:
+    """What training reads, on the CPU: N tiles in V variants each; row = tile · V + variant."""
+
+    mean: torch.Tensor  # (N·V, C, H, W) float32, scaled latents
+    std: torch.Tensor  # (N·V, C, H, W) float32
+    embeddings: torch.Tensor  # (N·V, S, E) float32
+    tiles: list[Tile]  # N, the readable ones
+
+    @property
+    def variants(self) -> int:
+        """V: 8 with dihedral variants, else 1."""
+        return len(self.mean) // len(self.tiles)
+
+    def rows(self, tiles) -> torch.Tensor:
+        """The row of each tile's unturned variant, (len(tiles),) int64."""
+        position = {tile: index for index, tile in enumerate(self.tiles)}
+        return torch.tensor([position[tile] * self.variants for tile in tiles])
+
+    def draw_variants(self, rows: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Unturned rows (B,) → rows of variants drawn uniformly with `generator`, (B,) int64."""
+        return rows + torch.randint(self.variants, rows.shape, generator=generator)
+
+    def sample_latents(self, rows: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Draw latents mean + std · noise with `generator` (CPU): rows (B,) → (B, C, H, W)."""
+        mean = self.mean[rows]
+        return mean + self.std[rows] * torch.randn(mean.shape, generator=generator)
+
+
+def encode_tiles(images, vae, encoder, batch_size: int, device="cpu", dihedral: bool = False):
+    """RGB images → (mean, std, embeddings) float32 on the CPU, rows ordered as in `Features`.
+
+    `vae.encode(pixels (B, 3, H, W) in [−1, 1]) -> (mean, logvar)` of the scaled latents;
+    `encoder(list of B images) -> (B, S, E)`; both see the same turned images, B <= batch_size.
+    Raises: ValueError if a result is not finite.
+    """
+    turns = DIHEDRAL if dihedral else (None,)
+    stream = (im if turn is None else im.transpose(turn) for im in images for turn in turns)
+    parts = []
+    with torch.no_grad():  # not inference_mode, whose tensors cannot be saved for a backward pass
+        while batch := list(islice(stream, batch_size)):
+            pixels = torch.stack([image_to_tensor(image) for image in batch])
+            mean, logvar = vae.encode(pixels.to(device))
+            outputs = mean, (0.5 * logvar.float()).exp(), encoder(batch)
+            if not all(output.isfinite().all() for output in outputs):
+                raise ValueError("latents or embeddings are not finite; check the base's weights")
+            parts.append([output.float().cpu() for output in outputs])
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+def cached_features(cache_folder, tiles, vae, encoder, *, base_hash: str, size: int, how: str,
+                    dihedral: bool, strict: bool, batch_size: int, device, report) -> Features:
+    """`encode_tiles` of all readable tiles, computed once and kept in one file of `cache_folder`.
+
+    Its name is a hash of the tiles' contents in order, size, how, dihedral and `base_hash` (of VAE
+    and encoder): change one and another file is made. A broken file is reported and replaced.
+    Raises: ValueError as `load_tiles` and `encode_tiles` do, or if the folder cannot be written.
+    """
+    contents = [file_hash(t.path) if os.access(t.path, os.R_OK) else None for t in tiles]
+    settings = (CACHE_VERSION, contents, size, how, dihedral, base_hash)
+    key = hashlib.sha256(repr(settings).encode()).hexdigest()
+    path = Path(cache_folder) / f"features-{key[:16]}.safetensors"
+    if path.exists() and (features := _read_cache(path, key, tiles, strict, report)) is not None:
+        return features
+    position, kept = {tile: index for index, tile in enumerate(tiles)}, []
+
+    def images():
+        bar = tqdm(tiles, "encoding", unit="tile", disable=None)  # none where stderr is a file
+        for tile, image in load_tiles(bar, size, how, strict, report):
+            kept.append(position[tile])
+            yield image
+
+    mean, std, embeddings = encode_tiles(images(), vae, encoder, batch_size, device, dihedral)
+    stored = {"mean": mean, "std": std, "embeddings": embeddings, "kept": torch.tensor(kept)}
+    save_tensors(path, stored, {"key": key, "digest": _digest(stored)})
+    return Features(mean, std, embeddings, [tiles[index] for index in kept])
+
+
+def _digest(tensors):
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tuple(tensors[name].shape)}".encode())
+        digest.update(tensors[name].flatten().numpy())
+    return digest.hexdigest()
+
+
+def _read_cache(path, key, tiles, strict, report):
+    """The stored features, or None if they are broken or lack a tile that can be read by now."""
+    try:
+        stored, header = read_tensors(path)
+        if header.get("key") != key or header.get("digest") != _digest(stored):
+            raise ValueError(f"{path}: damaged, its contents do not fit its checksum")
+    except ValueError as error:
+        report(f"{error}; the features are computed again")
+        return None
+    kept = stored.pop("kept").tolist()
+    skipped = sorted(set(range(len(tiles))) - set(kept))
+    if any(_read_or_report(tiles[index], strict, report) for index in skipped):
+        return None
+    return Features(**stored, tiles=[tiles[index] for index in kept])
+
+
+def batch_indices(num_tiles: int, batch_size: int, micro_step: int, seed: int) -> torch.Tensor:
+    """The tiles of micro-batch `micro_step` (from 0): (batch_size,) int64 in [0, num_tiles).
+
+    Each epoch is a permutation drawn from (seed, epoch) alone; batches are cut from the endless
+    row of epochs: all have full size, and any can be computed again, so that resuming is exact.
+    """
+    start = micro_step * batch_size
+    first, last = start // num_tiles, (start + batch_size - 1) // num_tiles
+    row = torch.cat([_epoch_order(num_tiles, seed, epoch) for epoch in range(first, last + 1)])
+    return row[start - first * num_tiles:][:batch_size]
+
+
+def _epoch_order(num_tiles, seed, epoch):
+    # Hashed, because with seed + epoch the epoch 1 of seed 0 would be the epoch 0 of seed 1.
+    digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+    return torch.randperm(num_tiles, generator=generator)

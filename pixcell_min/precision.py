@@ -1,0 +1,37 @@
+"""Which number format the network's forward runs in; what autocast covers, and what it must not.
+
+Weights, LoRA, adapter, schedule, loss and latents stay float32: autocast wraps the transformer's forward alone.
+"""
+
+import torch
+
+DTYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def choose_device(name: str) -> torch.device:
+    """"auto" is CUDA where there is one, else the CPU. Raises: ValueError if the named device is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(device.type, lambda: True)
+    if not there() or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
+        raise ValueError(f"device {name!r} is not available here; expected auto or cpu")
+    return device
+
+
+def choose_dtype(mixed_precision: str, device: torch.device) -> torch.dtype | None:
+    """"no", "fp16", "bf16" or "auto" → the autocast dtype, None for plain float32.
+
+    auto: fp16 on CUDA; bf16 on a CPU with bf16 instructions (AMX or AVX-512, where it is the faster one); else None.
+    """
+    if mixed_precision != "auto":
+        return DTYPES[mixed_precision]
+    if device.type == "cuda":
+        return torch.float16
+    fast_bf16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if device.type == "cpu" and fast_bf16 else None
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None):
+    """Context in which matrix products run in `dtype`; with None it changes nothing."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)

@@ -1,0 +1,148 @@
+"""What one optimizer step does: diffusion loss, autocast, GradScaler, accumulation, clipping; and validation.
+
+Takes models and schedule as arguments. All randomness of micro-step k comes from a generator made of (seed, k), so a
+resumed run draws what an uninterrupted one would have drawn.
+    t ~ U{0…T−1},  ε ~ N(0, I),  x_t = √ᾱ_t·x0 + √(1−ᾱ_t)·ε,  loss = mean (ε_θ(x_t, t, c) − ε)²    Ho et al. 2020, eq. 14
+    c = adapter(embedding), or with probability p the null embedding, which bypasses the adapter
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from pixcell_min.precision import autocast
+
+VALIDATION_TIMESTEPS = 8  # per tile, one from each of that many equal ranges of t
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The drawn inputs of one micro-step, on the CPU, float32."""
+
+    latents: torch.Tensor  # (B, C, H, W) clean
+    embeddings: torch.Tensor  # (B, S, E)
+    noise: torch.Tensor  # (B, C, H, W)
+    timesteps: torch.Tensor  # (B,) int64 in [0, T)
+    dropped: torch.Tensor  # (B,) bool: condition replaced by the null embedding
+
+    def to(self, device):
+        """The same batch on another device."""
+        return Batch(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+
+
+def generator_for(seed: int, *key) -> torch.Generator:
+    """A CPU generator that depends on (seed, key) alone, e.g. ("train", micro_step)."""
+    digest = hashlib.sha256(repr((seed, *key)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+
+
+def draw_batch(features, rows, schedule, condition_dropout: float, generator) -> Batch:
+    """Draw dihedral variant, latents, noise, timesteps and condition dropout for feature rows (B,)."""
+    rows = features.draw_variants(rows, generator)
+    latents = features.sample_latents(rows, generator)
+    noise = torch.randn(latents.shape, generator=generator)
+    timesteps = torch.randint(schedule.num_train_timesteps, (len(rows),), generator=generator)
+    dropped = torch.rand(len(rows), generator=generator) < condition_dropout
+    return Batch(latents, features.embeddings[rows], noise, timesteps, dropped)
+
+
+def condition_tokens(adapter, embeddings, dropped, uncond_embedding):
+    """Embeddings (B, S, E) → condition tokens (B, S, E): adapted, or the null embedding where `dropped` (B,)."""
+    return torch.where(dropped[:, None, None], uncond_embedding, adapter(embeddings))
+
+
+def diffusion_loss(transformer, adapter, schedule, batch: Batch, dtype=None):
+    """Squared error of the predicted target per sample, (B,) float32; only the forward runs in autocast `dtype`.
+
+    The network's further output channels (learned variance) take no part, as in the authors' LoRA training.
+    """
+    device = batch.latents.device
+    noisy = schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
+    target = schedule.target(batch.latents, batch.noise, batch.timesteps)
+    with autocast(device, dtype):
+        tokens = condition_tokens(adapter, batch.embeddings, batch.dropped, transformer.uncond_embedding)
+        output = transformer(latents=noisy, timesteps=batch.timesteps, encoder_hidden_states=tokens)
+    predicted = output[:, :noisy.shape[1]].float()
+    return F.mse_loss(predicted, target, reduction="none").mean(dim=(1, 2, 3))
+
+
+def build_optimizer(lora_parameters, adapter_parameters, learning_rate, adapter_learning_rate, weight_decay):
+    """AdamW with two parameter groups, LoRA and adapter, each with its own peak rate in `initial_lr`."""
+    groups = [{"params": list(lora_parameters), "lr": learning_rate, "initial_lr": learning_rate},
+              {"params": list(adapter_parameters), "lr": adapter_learning_rate, "initial_lr": adapter_learning_rate}]
+    return torch.optim.AdamW(groups, weight_decay=weight_decay)
+
+
+def rate_factor(step: int, warmup_steps: int, max_train_steps: int, lr_schedule: str) -> float:
+    """Factor on both peak rates at optimizer step `step` (from 0): linear rise, then constant or half a cosine to 0."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if lr_schedule == "constant":
+        return 1.0
+    progress = (step - warmup_steps) / max(max_train_steps - warmup_steps, 1)
+    return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+
+def build_scaler(device, dtype) -> torch.amp.GradScaler:
+    """A loss scaler, active in float16 alone: its gradients underflow below 6e-8, bfloat16's do not."""
+    return torch.amp.GradScaler(torch.device(device).type, enabled=dtype == torch.float16)
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimizer step did."""
+
+    loss: float  # mean over all samples of the step
+    grad_norm: float  # L2, before clipping; not finite in a skipped step
+    skipped: bool  # float16 overflowed: no weight changed, the scale was lowered
+
+
+def optimizer_step(loss_of, batches, optimizer, scaler, max_grad_norm: float) -> StepReport:
+    """One optimizer step from micro-batches: gradients are those of the mean over all their samples.
+
+    loss_of: Batch → per-sample losses (B,); batches may differ in size. Gradients are unscaled before they are
+    clipped. The caller sets the rates before and, in a skipped step, leaves schedules where they were.
+    """
+    batches = list(batches)
+    count, total = sum(len(batch.timesteps) for batch in batches), 0.0
+    optimizer.zero_grad(set_to_none=True)
+    for batch in batches:
+        loss = loss_of(batch).sum() / count
+        scaler.scale(loss).backward()
+        total += loss.item()
+    scaler.unscale_(optimizer)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
+    if not scaler.is_enabled() and not math.isfinite(norm):
+        raise ValueError(f"the gradient is not finite (loss {total}); lower the learning rate or check the tiles")
+    scaler.step(optimizer)
+    scaler.update()
+    return StepReport(total, norm, skipped=not math.isfinite(norm))
+
+
+@torch.no_grad()
+def validation_loss(transformer, adapter, schedule, features, batch_size: int, seed: int, dtype=None) -> float:
+    """Mean loss over held-out tiles at fixed noise and timesteps, the same in every call with this seed.
+
+    Each tile is seen at VALIDATION_TIMESTEPS timesteps, one per equal range of [0, T), its unturned variant, no dropout.
+    """
+    training = transformer.training, adapter.training
+    transformer.eval(), adapter.eval()
+    device = transformer.proj_out.weight.device
+    rows = features.rows(features.tiles).repeat_interleave(VALIDATION_TIMESTEPS)
+    generator = generator_for(seed, "validation")
+    width = schedule.num_train_timesteps / VALIDATION_TIMESTEPS
+    ranges = torch.arange(VALIDATION_TIMESTEPS).repeat(len(features.tiles))
+    timesteps = ((ranges + torch.rand(len(rows), generator=generator)) * width).long()
+    noise = torch.randn(len(rows), *features.mean.shape[1:], generator=generator)
+    total = 0.0
+    for part in torch.arange(len(rows)).split(batch_size):
+        chosen = rows[part]
+        batch = Batch(features.mean[chosen], features.embeddings[chosen], noise[part], timesteps[part],
+                      torch.zeros(len(part), dtype=torch.bool)).to(device)
+        total += diffusion_loss(transformer, adapter, schedule, batch, dtype).sum().item()
+    transformer.train(training[0]), adapter.train(training[1])
+    return total / len(rows)

@@ -1,0 +1,254 @@
+"""The story of a run: adapt a frozen PixCell to a folder of tiles with LoRA and an embedding adapter.
+
+    python train.py --rank 8 --alpha 16
+    python train.py --data NCT-CRC-HE-100K --base weights/pixcell-256 --out runs/nct --config config.yaml
+
+Without --data it trains on procedural tiles of a second "laboratory", whose stain the embedded base has never seen.
+"""
+
+import json
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from pixcell_min import checkpoint
+from pixcell_min.adapter import EmbeddingAdapter, save_adapter
+from pixcell_min.base import features_hash, load_pixcell_base
+from pixcell_min.config import Config, parse_train, read_yaml, to_yaml
+from pixcell_min.data import batch_indices, cached_features, find_tiles, fit_tile, read_tile, split_tiles
+from pixcell_min.images import image_grid, save_png
+from pixcell_min.lora import (count_parameters, inject_lora, load_lora_state_dict, lora_disabled, lora_parameters,
+                              lora_state_dict, save_lora)
+from pixcell_min.tools.synthetic import SECOND, write_dataset
+from pixcell_min.training import (build_optimizer, build_scaler, diffusion_loss, draw_batch, generator_for,
+                                  optimizer_step, rate_factor, validation_loss)
+
+PROCEDURAL_TILES = 108  # 12 of each tissue
+GRID_STEPS = 20  # of DPM-Solver++ 2M, for the sample grid
+STATE, LORA, ADAPTER, SETTINGS, METRICS = ("state.pt", "lora_weights.safetensors", "adapter.safetensors",
+                                           "config.yaml", "metrics.jsonl")
+# Settings that a resumed run may change: they touch neither a drawn number nor a weight.
+FREE_ON_RESUME = {"out", "cache", "save_every", "validate_every", "sample_count", "guidance_scale"}
+
+
+def main(argv=None) -> int:
+    """Run the command line; returns the exit code: 0, or 2 after a one-line error."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        config, options = parse_train(argv)
+        if options.resume and options.config is None:  # its own settings, then the flags of this call
+            require_state(Path(config.out))
+            config, options = parse_train([*argv, "--config", str(Path(config.out) / SETTINGS)])
+        if options.dry_run:
+            print(to_yaml(config), end="")
+        else:
+            train(config, options)
+    except ValueError as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"train.py: interrupted; go on from the last save: python train.py --resume --out {config.out}",
+              file=sys.stderr)
+        return 130
+    return 0
+
+
+def train(config: Config, options) -> None:
+    """One run, from tiles on disk to a run folder. Raises: ValueError for whatever the caller can mend."""
+    run = Path(config.out)
+    check_run_folder(run, config, options)
+    pipeline = load_pixcell_base(config.base, config.device, config.mixed_precision)
+    transformer, schedule, dtype = pipeline.transformer, pipeline.schedule, pipeline.dtype
+    adapter = make_trainable(config, pipeline)
+    training, validation = load_features(config, pipeline)
+    optimizer = build_optimizer(lora_parameters(transformer), adapter.parameters(), config.learning_rate,
+                                config.adapter_learning_rate, config.weight_decay)
+    scaler, start = build_scaler(pipeline.device, dtype), 0
+    if options.resume:
+        start = load_state(run, transformer, adapter, optimizer, scaler)
+    else:
+        make_run_folder(run, config)
+
+    def validate(step):
+        loss = validation_loss(transformer, adapter, schedule, validation, config.batch_size, config.seed, dtype)
+        log(run, {"step": step, "validation_loss": loss})
+        tqdm.write(f"validation loss at step {step}: {loss:.5f}")
+
+    if start == 0:
+        validate(0)
+    transformer.train(), adapter.train()
+    began = time.monotonic()
+    with tqdm(total=config.max_train_steps, initial=start, desc="training", unit="step") as bar:
+        for step in range(start, config.max_train_steps):
+            factor = rate_factor(step, config.warmup_steps, config.max_train_steps, config.lr_schedule)
+            for group in optimizer.param_groups:
+                group["lr"] = factor * group["initial_lr"]
+            report = optimizer_step(
+                lambda batch: diffusion_loss(transformer, adapter, schedule, batch, dtype),
+                draw_micro_batches(config, training, schedule, step, pipeline.device),
+                optimizer, scaler, config.max_grad_norm)
+            done, rates = step + 1, [group["lr"] for group in optimizer.param_groups]
+            log(run, {"step": done, "loss": report.loss, "grad_norm": report.grad_norm, "lora_rate": rates[0],
+                      "adapter_rate": rates[1], "skipped": report.skipped,
+                      "seconds": round(time.monotonic() - began, 3)})
+            bar.set_postfix(loss=f"{report.loss:.4f}", lora=f"{rates[0]:.1e}", adapter=f"{rates[1]:.1e}")
+            bar.update()
+            if is_due(done, config.save_every) or done == config.max_train_steps:
+                save_state(run, done, config, pipeline, adapter, optimizer, scaler)
+            if is_due(done, config.validate_every) or done == config.max_train_steps:
+                validate(done)
+    if config.sample_count:
+        draw_grid(run, config, pipeline, adapter, validation)
+    print(f"done: {run}\nnext: python sample.py --run {run} --image TILE --compare")
+
+
+def require_state(run: Path) -> None:
+    """Raises: ValueError unless there is a run to resume."""
+    if not (run / STATE).is_file():
+        raise ValueError(f"{run}: no {STATE} to resume from; start the run without --resume")
+
+
+def check_run_folder(run: Path, config: Config, options) -> None:
+    """Refuse, before anything is loaded or deleted, what would lose or mix up runs. Raises: ValueError."""
+    if options.resume:
+        require_state(run)
+        then = Config(**read_yaml(run / SETTINGS))
+        names = [name for name in vars(config) if name not in FREE_ON_RESUME]
+        changed = [f"{name} {getattr(then, name)} → {getattr(config, name)}" for name in names
+                   if getattr(then, name) != getattr(config, name)]
+        if changed:
+            raise ValueError(f"{run}: cannot resume with other settings: {'; '.join(changed)}")
+    elif run.is_file() or (run.is_dir() and any(run.iterdir())):
+        if not options.overwrite:
+            raise ValueError(f"{run}: exists; go on with --resume, replace it with --overwrite, or choose another --out")
+        if not (run / SETTINGS).is_file():
+            raise ValueError(f"{run}: holds no {SETTINGS}, so it is no run; --overwrite does not delete it")
+
+
+def make_run_folder(run: Path, config: Config) -> None:
+    """Delete the run that --overwrite replaces, only now that base and tiles are known to be good; write settings."""
+    if run.is_dir():
+        shutil.rmtree(run)
+    checkpoint.write_text(run / SETTINGS, to_yaml(config))
+
+
+def make_trainable(config: Config, pipeline) -> EmbeddingAdapter:
+    """Wrap the transformer with LoRA, build the adapter, print what is trainable. Raises: ValueError on bad targets."""
+    transformer = pipeline.transformer
+    inert = set(transformer.inert_layers()) if "attn2" in config.lora_attention else set()
+    inject_lora(transformer, config.lora_rank, config.lora_alpha, config.lora_target_modules, config.lora_attention,
+                config.lora_blocks, inert, config.lora_dropout, config.lora_init, config.use_rslora,
+                generator=generator_for(config.seed, "lora"))
+    adapter = EmbeddingAdapter(transformer.config.caption_channels, generator=generator_for(config.seed, "adapter"))
+    adapter.to(pipeline.device)
+    transformer.gradient_checkpointing = config.gradient_checkpointing
+    (lora, inside), (outside, _) = count_parameters(transformer), count_parameters(adapter)
+    print(f"trainable: LoRA {lora:,} + adapter {outside:,} = {lora + outside:,} parameters, "
+          f"{100 * (lora + outside) / (inside + outside):.2f} % of {inside + outside:,}")
+    if inert:
+        print(f"not adapted: {len(inert)} query and key layers of cross-attention, which with one condition token "
+              "cannot change the image (softmax over one key is 1)")
+    print(f"device {pipeline.device}, autocast {pipeline.dtype or 'off'}, base {pipeline.base_hash[:12]}")
+    return adapter
+
+
+def load_features(config: Config, pipeline):
+    """Latents and embeddings of training and held-out tiles, from the cache where they are in it."""
+    folder = Path(config.data) if config.data else procedural_tiles(config)
+    training, validation = split_tiles(find_tiles(folder), config.validation_fraction, config.seed)
+    size = pipeline.transformer.config.sample_size * pipeline.vae.downscale
+    features, base_hash = [], features_hash(config.base)
+    for tiles, dihedral in ((training, config.dihedral), (validation, False)):
+        features.append(cached_features(
+            config.cache, tiles, pipeline.vae, lambda images: pipeline.encoder(images),  # loaded on a miss only
+            base_hash=base_hash, size=size, how=config.tile_fit, dihedral=dihedral,
+            strict=config.strict_data, batch_size=config.batch_size, device=pipeline.device,
+            report=lambda line: print(line, file=sys.stderr)))
+    print(f"tiles of {folder}: {len(features[0].tiles)} to train on, {len(features[1].tiles)} held out")
+    return features
+
+
+def procedural_tiles(config: Config) -> Path:
+    """Folder of the second laboratory's procedural tiles, drawn once; it appears only when it is complete."""
+    folder = Path(config.cache) / f"procedural-second-{PROCEDURAL_TILES}"
+    if not folder.exists():
+        partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+        write_dataset(partial, PROCEDURAL_TILES, SECOND, seed=0)
+        os.replace(partial, folder)
+    return folder
+
+
+def draw_micro_batches(config: Config, training, schedule, step: int, device):
+    """The batches of optimizer step `step`; each depends on the seed and its own number alone."""
+    for micro in range(config.gradient_accumulation_steps):
+        micro_step = step * config.gradient_accumulation_steps + micro
+        generator = generator_for(config.seed, "train", micro_step)
+        torch.manual_seed(generator.initial_seed())  # LoRA dropout draws from the global generator
+        index = batch_indices(len(training.tiles), config.batch_size, micro_step, config.seed)
+        yield draw_batch(training, index * training.variants, schedule, config.condition_dropout, generator).to(device)
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether something done every `every` steps (0: never) is to be done after step `step`."""
+    return every > 0 and step % every == 0
+
+
+def log(run: Path, values: dict) -> None:
+    """Append a line to metrics.jsonl."""
+    with open(run / METRICS, "a", encoding="utf-8") as file:
+        file.write(json.dumps(values) + "\n")
+
+
+def save_state(run, step, config, pipeline, adapter, optimizer, scaler) -> None:
+    """Write the two files to share, then the state to resume from, each whole or not at all."""
+    provenance = {"base_hash": pipeline.base_hash, "base": str(config.base), "step": str(step)}
+    save_lora(pipeline.transformer, run / LORA, provenance)
+    save_adapter(adapter, run / ADAPTER, provenance)
+    checkpoint.save_object(run / STATE, {
+        "step": step, "lora": lora_state_dict(pipeline.transformer), "adapter": adapter.state_dict(),
+        "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()})
+
+
+def load_state(run, transformer, adapter, optimizer, scaler) -> int:
+    """Put a saved state back; returns the number of optimizer steps done. Raises: ValueError if it does not fit."""
+    state = checkpoint.load_object(run / STATE)
+    load_lora_state_dict(transformer, state["lora"], run / STATE)
+    checkpoint.load_strict(adapter, state["adapter"], run / STATE)
+    optimizer.load_state_dict(state["optimizer"])
+    scaler.load_state_dict(state["scaler"])
+    trim_metrics(run, state["step"])
+    return state["step"]
+
+
+def trim_metrics(run: Path, step: int) -> None:
+    """Drop the logged steps after the saved one: they are done again."""
+    lines = (run / METRICS).read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    checkpoint.write_text(run / METRICS, "".join(kept))
+
+
+def draw_grid(run, config, pipeline, adapter, validation) -> None:
+    """samples/grid.png: held-out tiles beside what base and adapted model draw from their embeddings."""
+    pipeline.transformer.eval(), adapter.eval()
+    count = min(config.sample_count, len(validation.tiles))
+    chosen = [validation.tiles[i * len(validation.tiles) // count] for i in range(count)]  # spread over the classes
+    embeddings = validation.embeddings[validation.rows(chosen)].to(pipeline.device)
+    size = pipeline.transformer.config.sample_size * pipeline.vae.downscale
+    settings = {"num_inference_steps": GRID_STEPS, "scheduler": "dpmpp_2m", "seed": config.seed,
+                "guidance_scale": config.guidance_scale}
+    with torch.no_grad():
+        adapted = pipeline(adapter(embeddings), **settings).images
+        with lora_disabled(pipeline.transformer):
+            base = pipeline(embeddings, **settings).images
+    real = [fit_tile(read_tile(tile.path), size, config.tile_fit) for tile in chosen]
+    grid = image_grid(list(zip(real, base, adapted)), ("real, held out", "base", "adapted"))
+    save_png(run / "samples" / "grid.png", grid, {**settings, "tiles": [tile.path.name for tile in chosen]})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
