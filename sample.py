@@ -65,7 +65,9 @@ def sample(options) -> None:
     run_settings = read_run(options)
     tiles = output_names(options.image)
     pipeline = load_pixcell_base(options.base or run_settings.get("base"), options.device, options.mixed_precision)
-    adapter = load_adapter(options.adapter).to(pipeline.device) if options.adapter else None
+    adapter = None
+    if options.adapter:
+        adapter = load_adapter(options.adapter, pipeline.base_hash).to(pipeline.device)
     if options.lora:
         pipeline.load_lora_weights(options.lora, options.lora_scale, fuse=options.fuse_lora)
     size = pipeline.transformer.config.sample_size * pipeline.vae.downscale

@@ -52,12 +52,17 @@ def save_adapter(adapter, path, metadata: dict[str, str] | None = None) -> None:
     save_tensors(path, adapter.state_dict(), metadata)
 
 
-def load_adapter(path) -> EmbeddingAdapter:
+def load_adapter(path, expected_base_hash=None) -> EmbeddingAdapter:
     """Read .safetensors or .pth (never code); sizes come from the tensors; float32, in eval mode.
 
-    Raises: ValueError if the file is missing, broken, holds code, other keys, shapes or NaN.
+    expected_base_hash: what a header that names its `base_hash` must say (a .pth has no header).
+    Raises: ValueError if the file is missing, broken, holds code, other keys, shapes or NaN, or
+    was trained with another base.
     """
-    tensors, _ = read_tensors(path)
+    tensors, metadata = read_tensors(path)
+    if expected_base_hash not in (None, made_for := metadata.get("base_hash", expected_base_hash)):
+        raise ValueError(f"{path}: adapter of base {made_for}, the loaded base is "
+                         f"{expected_base_hash}; load the base it was trained with")
     shape = tensors["fc1.weight"].shape if "fc1.weight" in tensors else (1, 1)
     if len(shape) != 2 or 0 in shape or not all(t.isfinite().all() for t in tensors.values()):
         raise ValueError(f"{path}: not an adapter: NaN, or fc1.weight is not (hidden, E)")

@@ -30,7 +30,7 @@ def find_base(path=None) -> Path:
     path = Path(path or os.environ.get("PIXCELL_BASE") or NANO)
     for folder in (path, REPOSITORY / path):
         if (folder / "transformer").is_dir():
-            return folder
+            return folder.absolute()  # the encoder is loaded later, perhaps from another working folder
     raise ValueError(f"{path}: no base model; expected a folder with transformer/ vae/ scheduler/ (see README: weights)")
 
 

@@ -31,7 +31,7 @@ class LoRALinear(nn.Module):
         """`init` of A: kaiming U(±1/√in), gaussian N(0, std 1/R). Raises: ValueError as _check."""
         super().__init__()
         _check(type(base).__name__, base, rank, alpha, dropout, init)
-        # Drawn where the generator lives: a seed gives the same start on every device.
+        # Drawn where the generator lives: a CPU generator gives one start for every device.
         drawn_on = getattr(generator, "device", "cpu")
         lora_A = torch.empty(rank, base.in_features, dtype=torch.float32, device=drawn_on)
         if init == "kaiming":
@@ -60,7 +60,7 @@ class LoRALinear(nn.Module):
         out = self.base(x)                                                   # (…, out)
         if self.merged or not self.enabled:
             return out
-        if not torch.is_autocast_enabled(x.device.type):  # else autocast picks the precision
+        if not torch.is_autocast_enabled(x.device.type):  # it would only cast x back down
             x = x.to(self.lora_A.dtype)
         x = F.dropout(x, self.dropout, self.training)                        # (…, in)
         low = self.scale * self.scaling * F.linear(x, self.lora_A)           # (…, R)

@@ -12,10 +12,14 @@ def choose_device(name: str) -> torch.device:
     """"auto" is CUDA where there is one, else the CPU. Raises: ValueError if the named device is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
+    message = f"device {name!r} is not available here; expected auto or cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:  # no such name; torch's own text lists every back end
+        raise ValueError(message) from None
     there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(device.type, lambda: True)
     if not there() or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
-        raise ValueError(f"device {name!r} is not available here; expected auto or cpu")
+        raise ValueError(message)
     return device
 
 
@@ -23,7 +27,10 @@ def choose_dtype(mixed_precision: str, device: torch.device) -> torch.dtype | No
     """"no", "fp16", "bf16" or "auto" → the autocast dtype, None for plain float32.
 
     auto: fp16 on CUDA; bf16 on a CPU with bf16 instructions (AMX or AVX-512, where it is the faster one); else None.
+    Raises: ValueError for another name.
     """
+    if mixed_precision not in ("auto", *DTYPES):
+        raise ValueError(f"mixed_precision is {mixed_precision!r}, expected auto, no, fp16 or bf16")
     if mixed_precision != "auto":
         return DTYPES[mixed_precision]
     if device.type == "cuda":

@@ -193,12 +193,12 @@ class _Sampler:
         return latents / step.scale
 
     def step(self, model_output, latents, step, generator=None, previous_x0=None) -> StepResult:
-        """Apply a row to latents (B, C, H, W) of any dtype; model_output has C channels, or 2C with
-        a learned variance, which acts with learned_range alone.
+        """Apply a row to latents (B, C, H, W); model_output has C channels, or 2C with a variance,
+        which acts with learned_range alone; any float dtype.
 
         generator: where the row draws, a torch.Generator, or a list of one per image, which makes
         an image the same in any batch. previous_x0: x0 of the row before, for DPM-Solver++ 2M.
-        Raises: ValueError for another shape, or if one of the two is needed and missing.
+        Raises: ValueError for other shapes, or if one of these two is needed and missing.
         """
         output, variance = split_learned_variance(model_output.float(), latents.shape[1])
         if output.shape != latents.shape:
@@ -219,22 +219,23 @@ class _Sampler:
             x = x + _noise_std(step, variance) * _draw(x, generator)
         return StepResult(x, x0)
 
-    def _timesteps(self, count: int, rungs: int) -> list[float]:
-        """The upper `count` of `rungs` timesteps from 0, descending (trailing: from T − 1 down)."""
+    def _timesteps(self, count: int, spare: int = 0) -> list[float]:
+        """`count` timesteps, descending: to 0 but for the `spare` lowest; trailing: from T − 1."""
         total, offset = self.schedule.num_train_timesteps, self.steps_offset
         if not isinstance(count, int) or not 1 <= count <= total:
             raise ValueError(f"scheduler: num_inference_steps is {count!r}, expected 1 to {total}")
         if self.timestep_spacing == "trailing":
-            # Differs from diffusers: always `count`. There a rounding error of np.arange adds a
-            # t = −1 for 62 of 1000 counts; the width is np.arange's, because halves must round alike.
+            # Differs from diffusers: always `count`; np.arange's rounding adds a t = −1 for 62 of
+            # 1000 counts. The width is np.arange's still, because halves must round alike.
             width = total - (total - total / count)
             return [round(total - i * width) - 1 for i in range(count)]
+        rungs = count + spare
         if self.timestep_spacing == "linspace":
             width = (total - 1) / max(rungs - 1, 1)
         else:
             width = total // rungs
             if not width or (rungs - 1) * width + offset >= total:
-                raise ValueError(f"scheduler: {count} leading steps + offset {offset} do not fit in "
+                raise ValueError(f"scheduler: {count} leading steps + offset {offset} do not fit "
                                  f"{total} timesteps, expected fewer or another spacing")
         return [i * width + offset for i in reversed(range(rungs))][:count]
 
@@ -257,7 +258,7 @@ class DDPM(_Sampler):
 
     def steps(self, num_inference_steps: int) -> list[Step]:
         """The table, a row per step; Raises: ValueError unless 1 <= num_inference_steps <= T."""
-        timesteps = [round(t) for t in self._timesteps(num_inference_steps, num_inference_steps)]
+        timesteps = [round(t) for t in self._timesteps(num_inference_steps)]
         now = self.schedule.alphas_cumprod[timesteps]  # ᾱ before and after each step
         after = torch.cat([now[1:], torch.ones(1)])
         beta = 1 - now / after
@@ -293,7 +294,7 @@ class DDIM(_Sampler):
 
     def steps(self, num_inference_steps: int) -> list[Step]:
         """The table, a row per step; Raises: ValueError unless 1 <= num_inference_steps <= T."""
-        timesteps = [round(t) for t in self._timesteps(num_inference_steps, num_inference_steps)]
+        timesteps = [round(t) for t in self._timesteps(num_inference_steps)]
         now = self.schedule.alphas_cumprod[timesteps]
         final = torch.ones(1) if self.set_alpha_to_one else self.schedule.alphas_cumprod[:1]
         # Differs from diffusers: a step ends at the table's next timestep; there at t − T // N,
@@ -321,8 +322,7 @@ class EulerAncestral(_Sampler):
 
     def steps(self, num_inference_steps: int) -> list[Step]:
         """The table, a row per step; Raises: ValueError unless 1 <= num_inference_steps <= T."""
-        positions = self._timesteps(num_inference_steps, num_inference_steps)
-        timesteps = torch.tensor(positions, dtype=torch.float32)
+        timesteps = torch.tensor(self._timesteps(num_inference_steps), dtype=torch.float32)
         levels, below = self.schedule.sigmas.double(), timesteps.long()
         rise = levels.diff(append=levels[-1:])[below]  # linear between two levels
         sigma = (levels[below] + rise * (timesteps.double() - below)).float()
@@ -346,8 +346,7 @@ class DPMSolverPP2M(_Sampler):
 
     def steps(self, num_inference_steps: int) -> list[Step]:
         """The table, a row per step; Raises: ValueError unless 1 <= num_inference_steps <= T."""
-        positions = self._timesteps(num_inference_steps, num_inference_steps + 1)
-        timesteps = [round(t) for t in positions]
+        timesteps = [round(t) for t in self._timesteps(num_inference_steps, spare=1)]
         ratio = torch.cat([self.schedule.sigmas[timesteps], torch.zeros(1)])  # sigma / alpha
         alpha = 1 / (ratio**2 + 1) ** 0.5
         sigma = ratio * alpha

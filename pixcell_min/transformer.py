@@ -60,8 +60,9 @@ class TransformerConfig:
             raise ValueError(f"{source}: not a PixCell transformer configuration, {missing[0]!r} is missing")
         values = {key: config[key] for key in names & config.keys()}
         for key in sorted(values):
-            if key in optional and values[key] is not None and not isinstance(values[key], (int, float)):
-                raise ValueError(f"{source}: {key} must be a number, got {values[key]!r}")
+            positive = type(values[key]) in (int, float) and values[key] > 0
+            if key in optional and not positive and (key, values[key]) != ("interpolation_scale", None):
+                raise ValueError(f"{source}: {key} must be a positive number, got {values[key]!r}")
             if key not in optional and (type(values[key]) is not int or values[key] < 1):
                 raise ValueError(f"{source}: {key} must be a positive integer, got {values[key]!r}")
         values.setdefault("interpolation_scale", None)

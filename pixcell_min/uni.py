@@ -33,12 +33,15 @@ class TileEncoder(nn.Module):
     def __init__(self, model_args=None, mean=IMAGENET_MEAN, std=IMAGENET_STD):
         """`model_args`: size of the network as in UNI2H_ARGS. Raises: ValueError for arguments timm refuses."""
         super().__init__()
-        args = dict(UNI2H_ARGS if model_args is None else model_args)
+        args = UNI2H_ARGS if model_args is None else model_args
         if not isinstance(args, dict) or set(args) != set(UNI2H_ARGS):
-            raise ValueError(f"model_args must name exactly {sorted(UNI2H_ARGS)}, got {sorted(args)}")
-        self.vit = timm.create_model(
-            ARCHITECTURE, pretrained=False, num_classes=0, no_embed_class=True, dynamic_img_size=True,
-            mlp_layer=SwiGLUPacked, act_layer=nn.SiLU, **args)
+            raise ValueError(f"model_args must name exactly {sorted(UNI2H_ARGS)}, got {args!r}")
+        try:
+            self.vit = timm.create_model(
+                ARCHITECTURE, pretrained=False, num_classes=0, no_embed_class=True, dynamic_img_size=True,
+                mlp_layer=SwiGLUPacked, act_layer=nn.SiLU, **args)
+        except (AssertionError, ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"model_args {args!r}: timm refuses them ({error})") from None
         self.input_size, self.embedding_dim = args["img_size"], args["embed_dim"]
         self.mean, self.std = tuple(mean), tuple(std)
 
@@ -99,7 +102,8 @@ class TileEncoder(nn.Module):
         if isinstance(image, Image.Image):
             image = image.convert("RGB")
             boxes = crop_boxes(*image.size)
-            crops = [np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box)) for box in boxes]
+            # Cut, then resized: `resize(box=…)` would blend in pixels from beyond the crop.
+            crops = [np.asarray(image.crop(box).resize((size, size), Image.Resampling.BILINEAR)) for box in boxes]
             return rearrange(torch.from_numpy(np.stack(crops)), "s h w c -> s c h w").float() / 255
         parts = [image[:, top:bottom, left:right]
                  for left, top, right, bottom in crop_boxes(image.shape[2], image.shape[1])]

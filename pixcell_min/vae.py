@@ -48,10 +48,11 @@ class VAEConfig:
             raise ValueError(f"{source}: not an SD 3.5 VAE configuration, {missing[0]!r} is missing")
         values = {name: config[name] for name in names}
         for name, value in values.items():
-            is_widths = name == "block_out_channels"
-            numbers = value if is_widths and isinstance(value, list) and value else [value]
+            numbers = value if name == "block_out_channels" else [value]
             kind = (int, float) if name.endswith("_factor") else int
-            if any(isinstance(n, bool) or not isinstance(n, kind) or (kind is int and n < 1) for n in numbers):
+            if not isinstance(numbers, list) or not numbers or any(
+                    isinstance(n, bool) or not isinstance(n, kind) or (n <= 0 and name != "shift_factor")
+                    for n in numbers):
                 raise ValueError(f"{source}: {name} must be a positive number, got {value!r}")
         return cls(**{**values, "block_out_channels": tuple(values["block_out_channels"])})
 
@@ -90,6 +91,8 @@ class SpatialAttention(nn.Module):
 
 
 class MidBlock(nn.Module):
+    """Residual block, self-attention, residual block at the lowest resolution."""
+
     def __init__(self, width, groups):
         super().__init__()
         self.attentions = nn.ModuleList([SpatialAttention(width, groups)])

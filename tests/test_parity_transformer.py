@@ -1,0 +1,95 @@
+"""The network against recorded outputs of the released class, diffusers' PixArt transformer and the tensor lists."""
+
+import logging
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import PixArtTransformer2DModel
+from safetensors.torch import load_file
+
+from pixcell_min.transformer import WEIGHTS_NAME, PixCellTransformer, TokenPositions, TransformerConfig
+
+logging.getLogger("diffusers").setLevel(logging.ERROR)
+DATA = Path(__file__).parent / "data"
+GOLDEN = 2e-5  # outputs reach 2.8; recorded on another machine, whose sums have another order
+TWIN = 1e-5  # same machine and kernels, outputs of order 1; the one-token cross-attention and the sums of tables differ
+CONFIG_256 = TransformerConfig()
+CONFIG_1024 = TransformerConfig(sample_size=128, caption_num_tokens=16, interpolation_scale=2)
+OUTSIDE_PIXART = {"caption_projection.uncond_embedding", "y_pos_embed.y_pos_embed"}
+
+
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_recorded_outputs_of_the_released_class(tokens):
+    folder = DATA / "golden" / f"pixcell-tiny-{tokens}tok"
+    case, model = load_file(folder / "io.safetensors"), PixCellTransformer.from_pretrained(folder / "transformer")
+    with torch.no_grad():
+        output = model(latents=case["latents"], timesteps=case["timesteps"], encoder_hidden_states=case["embeddings"])
+    torch.testing.assert_close(output, case["output"], atol=GOLDEN, rtol=0)
+
+
+def test_token_positions_equal_the_stored_ones_exactly():
+    folder = DATA / "golden" / "pixcell-tiny-16tok" / "transformer"
+    stored = load_file(folder / WEIGHTS_NAME)["y_pos_embed.y_pos_embed"]
+    assert torch.equal(TokenPositions(PixCellTransformer.from_pretrained(folder).config).y_pos_embed, stored)
+
+
+def twins(tokens, sample_size, interpolation_scale):
+    """Our network and PixArt's with the same random weights."""
+    torch.manual_seed(0)
+    ours = PixCellTransformer(TransformerConfig(
+        num_layers=2, num_attention_heads=2, attention_head_dim=12, sample_size=sample_size, caption_channels=20,
+        caption_num_tokens=tokens, interpolation_scale=interpolation_scale)).eval()
+    theirs = PixArtTransformer2DModel(
+        num_layers=2, num_attention_heads=2, attention_head_dim=12, sample_size=sample_size, caption_channels=20,
+        cross_attention_dim=24, in_channels=16, out_channels=32, interpolation_scale=interpolation_scale,
+        use_additional_conditions=False).eval()
+    theirs.load_state_dict({k: v for k, v in ours.state_dict().items() if k not in OUTSIDE_PIXART}, strict=True)
+    return ours, theirs
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 16])
+@pytest.mark.parametrize("sample_size, interpolation_scale, size", [
+    (8, 0.5, (8, 8)),  # as trained
+    (8, 1, (12, 12)), (8, 0.5, (4, 4)),  # other sizes, positions stretched
+    (8, 0.5, (4, 10)), (8, 2, (14, 6)),  # not square
+    (128, None, (6, 8)),  # the scale follows from sample_size: 2
+])
+def test_same_output_as_pixart(tokens, sample_size, interpolation_scale, size):
+    ours, theirs = twins(tokens, sample_size, interpolation_scale)
+    latents, embeddings = torch.randn(3, 16, *size), torch.randn(3, tokens, 20)
+    timesteps = torch.tensor([0.0, 946.421, 17.5])  # fractional, as Euler-ancestral gives
+    given = embeddings + ours.y_pos_embed.y_pos_embed if tokens > 1 else embeddings  # PixArt has no token positions
+    with torch.no_grad():
+        output = ours(latents, timesteps, embeddings)
+        expected = theirs(latents, given, timestep=timesteps).sample
+    torch.testing.assert_close(output, expected, atol=TWIN, rtol=0)
+    assert expected.std() > 0.1
+
+
+def test_same_gradients_as_pixart():
+    ours, theirs = twins(4, 8, 0.5)
+    latents, embeddings, timesteps = torch.randn(2, 16, 8, 8), torch.randn(2, 4, 20), torch.tensor([10, 700])
+    ours(latents, timesteps, embeddings).square().mean().backward()
+    theirs(latents, embeddings + ours.y_pos_embed.y_pos_embed, timestep=timesteps).sample.square().mean().backward()
+    expected = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name].grad, atol=TWIN, rtol=0, msg=name)
+
+
+def tensor_list(name):
+    """{tensor: shape} of a stored list."""
+    rows = [line.split("\t") for line in (DATA / f"{name}.tsv").read_text().splitlines()[1:]]
+    return {key: tuple(int(n) for n in shape.split(",")) for key, shape in rows}
+
+
+@pytest.mark.parametrize("name, config, tensors", [("pixcell-256", CONFIG_256, 604), ("pixcell-1024", CONFIG_1024, 605)])
+def test_names_and_shapes_are_the_released_ones(name, config, tensors):
+    with torch.device("meta"):
+        model = PixCellTransformer(config)
+    ours, expected = {key: tuple(t.shape) for key, t in model.state_dict().items()}, tensor_list(name)
+    assert ours == expected and len(ours) == tensors
+    # FACTS' count leaves out the null embedding and token positions, buffers of 1536 numbers a token.
+    assert sum(p.numel() for p in model.parameters()) == 608_072_960
+    assert sum(math.prod(shape) for shape in expected.values()) == 608_072_960 + sum(b.numel() for b in model.buffers())

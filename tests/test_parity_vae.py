@@ -1,0 +1,63 @@
+"""The VAE against diffusers' AutoencoderKL: random twins, and the tensor list of Stable Diffusion 3.5."""
+
+import logging
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL as DiffusersVAE
+
+from pixcell_min.vae import AutoencoderKL, VAEConfig
+
+logging.getLogger("diffusers").setLevel(logging.ERROR)
+TWIN = 1e-5  # float32; values of order 1, the same kernels, latents shifted and scaled once more
+SCALE, SHIFT = 1.5305, 0.0609
+
+
+def twins(layers, widths=(8, 8, 16, 16), groups=4):
+    """Our VAE and diffusers' with the same random weights."""
+    torch.manual_seed(0)
+    ours = AutoencoderKL(VAEConfig(block_out_channels=widths, layers_per_block=layers, norm_num_groups=groups)).eval()
+    theirs = DiffusersVAE(
+        block_out_channels=widths, layers_per_block=layers, norm_num_groups=groups, latent_channels=16,
+        down_block_types=("DownEncoderBlock2D",) * len(widths), up_block_types=("UpDecoderBlock2D",) * len(widths),
+        scaling_factor=SCALE, shift_factor=SHIFT, use_quant_conv=False, use_post_quant_conv=False).eval()
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    return ours, theirs
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("size", [(32, 32), (16, 40)])
+@torch.no_grad()
+def test_same_moments_and_pixels_as_diffusers(layers, size):
+    ours, theirs = twins(layers)
+    pixels = torch.rand(2, 3, *size) * 2 - 1
+    mean, logvar = ours.encode(pixels)
+    posterior = theirs.encode(pixels).latent_dist
+    torch.testing.assert_close(mean, (posterior.mean - SHIFT) * SCALE, atol=TWIN, rtol=0)
+    # Ours is the log variance of the scaled latents, diffusers' of the unscaled.
+    torch.testing.assert_close(logvar - 2 * math.log(SCALE), posterior.logvar, atol=TWIN, rtol=0)
+    latents = torch.randn_like(mean)
+    torch.testing.assert_close(ours.decode(latents), theirs.decode(latents / SCALE + SHIFT).sample, atol=TWIN, rtol=0)
+    assert mean.std() > 0.1 and ours.decode(latents).std() > 0.1
+
+
+@torch.no_grad()
+def test_same_maths_in_float64():
+    ours, theirs = (vae.double() for vae in twins(2))
+    pixels, latents = torch.rand(1, 3, 16, 24).double() * 2 - 1, torch.randn(1, 16, 2, 3).double()
+    mean = (theirs.encode(pixels).latent_dist.mean - SHIFT) * SCALE
+    torch.testing.assert_close(ours.encode(pixels)[0], mean, atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        ours.decode(latents), theirs.decode(latents / SCALE + SHIFT).sample, atol=1e-12, rtol=0)
+
+
+def test_names_and_shapes_are_those_of_stable_diffusion_3_5():
+    with torch.device("meta"):
+        vae = AutoencoderKL(VAEConfig())
+    rows = [line.split("\t") for line in
+            (Path(__file__).parent / "data" / "sd3-vae.tsv").read_text().splitlines()[1:]]
+    expected = {key: tuple(int(n) for n in shape.split(",")) for key, shape in rows}
+    assert {key: tuple(t.shape) for key, t in vae.state_dict().items()} == expected
+    assert len(expected) == 244 and sum(p.numel() for p in vae.parameters()) == 83_819_683

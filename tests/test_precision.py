@@ -1,0 +1,60 @@
+"""Which device and number format are chosen, and what autocast covers."""
+
+import pytest
+import torch
+
+from pixcell_min.precision import DTYPES, autocast, choose_device, choose_dtype
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """A machine with two CUDA devices, as far as torch says."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+
+@pytest.fixture
+def no_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+
+
+def test_device_on_a_machine_with_cuda(cuda):
+    assert choose_device("auto") == torch.device("cuda") and choose_device("cpu") == torch.device("cpu")
+    assert choose_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(ValueError, match="'cuda:2' is not available"):
+        choose_device("cuda:2")
+
+
+def test_device_on_a_machine_without(no_cuda):
+    assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
+    for name in ("cuda", "cuda:0", "mps", "abacus", "cpu:x"):
+        with pytest.raises(ValueError, match=f"device '{name}' is not available here; expected auto or cpu") as error:
+            choose_device(name)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("amx, avx512, expected", [
+    (True, False, torch.bfloat16), (False, True, torch.bfloat16), (False, False, None)])
+def test_auto_on_a_cpu_is_bf16_where_that_is_fast(monkeypatch, amx, avx512, expected):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    assert choose_dtype("auto", torch.device("cpu")) == expected
+    assert choose_dtype("auto", torch.device("cuda")) == torch.float16
+    assert choose_dtype("auto", torch.device("mps")) is None
+
+
+def test_named_precisions():
+    assert DTYPES == {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+    for name, dtype in DTYPES.items():
+        assert choose_dtype(name, torch.device("cpu")) == dtype
+    with pytest.raises(ValueError, match="mixed_precision is 'fp8', expected auto, no, fp16 or bf16"):
+        choose_dtype("fp8", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16, torch.bfloat16])
+def test_autocast_covers_matrix_products_alone(dtype):
+    a = torch.ones(2, 2)
+    with autocast(torch.device("cpu"), dtype):
+        assert (a @ a).dtype == (dtype or torch.float32) and (a + a).dtype == torch.float32
+    assert (a @ a).dtype == torch.float32 and not torch.is_autocast_enabled("cpu")

@@ -1,0 +1,332 @@
+"""train.py end to end on a tiny random base: what a run writes, what it refuses, resuming, accumulation, fp16."""
+
+import dataclasses
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import train
+from conftest import ROOT, write_base
+from pixcell_min import training
+from pixcell_min.adapter import EmbeddingAdapter, load_adapter
+from pixcell_min.base import load_pixcell_base
+from pixcell_min.checkpoint import read_tensors
+from pixcell_min.config import Config, read_yaml
+from pixcell_min.images import read_settings
+from pixcell_min.lora import inject_lora, load_lora, lora_layers, lora_parameters
+from pixcell_min.schedulers import NoiseSchedule
+from pixcell_min.training import Batch, build_optimizer, build_scaler, diffusion_loss, optimizer_step
+
+RUN_FILES = {"config.yaml", "lora_weights.safetensors", "adapter.safetensors", "metrics.jsonl", "state.pt"}
+
+
+@pytest.fixture
+def arguments(tiny_base, tiles, tmp_path):
+    """Flags of a run of a few float32 steps."""
+    return ["--rank", "2", "--alpha", "4", "--base", str(tiny_base), "--data", str(tiles), "--cache",
+            str(tmp_path / "cache"), "--out", str(tmp_path / "run"), "--max-train-steps", "4", "--batch-size", "2",
+            "--gradient-accumulation-steps", "2", "--mixed-precision", "no", "--sample-count", "0",
+            "--validation-fraction", "0.25", "--warmup-steps", "1", "--learning-rate", "0.01"]
+
+
+def metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(run):
+    return {name: read_tensors(run / name)[0] for name in ("lora_weights.safetensors", "adapter.safetensors")}
+
+
+def assert_same_weights(first, second):
+    for name in first:
+        assert first[name].keys() == second[name].keys()
+        for key in first[name]:
+            assert torch.equal(first[name][key], second[name][key]), key
+
+
+def test_a_run_writes_its_files_and_they_load_again(arguments, tmp_path, capsys):
+    assert train.main([*arguments, "--sample-count", "2"]) == 0
+    run = tmp_path / "run"
+    assert RUN_FILES <= {path.name for path in run.iterdir()}
+    assert Config(**read_yaml(run / "config.yaml")).lora_rank == 2
+    lines = metrics(run)
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines if "validation_loss" in line] == [0, 4]
+    header = read_tensors(run / "lora_weights.safetensors")[1]
+    assert header["base_hash"] == load_pixcell_base(train_base(arguments)).base_hash
+    assert load_adapter(run / "adapter.safetensors").fc1.in_features == 16
+    grid = run / "samples" / "grid.png"
+    assert read_settings(grid)["scheduler"] == "dpmpp_2m"
+    out = capsys.readouterr().out
+    # Two blocks: attn1 4 layers and attn2 to_v, to_out.0, each 2 · 2 · 32; adapter 16·4 + 4 + 4·16 + 16.
+    assert "LoRA 1,536 + adapter 148 = 1,684 parameters, 2.84 %" in out
+    assert "not adapted: 4 query and key layers" in out
+
+
+def train_base(arguments):
+    return arguments[arguments.index("--base") + 1]
+
+
+def test_training_lowers_the_validation_loss(arguments, tmp_path):
+    assert train.main([*arguments, "--max-train-steps", "40", "--adapter-learning-rate", "0.01"]) == 0
+    losses = [line["validation_loss"] for line in metrics(tmp_path / "run") if "validation_loss" in line]
+    assert losses[-1] < losses[0]
+
+
+def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(arguments, tmp_path, monkeypatch):
+    assert train.main([*arguments, "--save-every", "2", "--lora-dropout", "0.2"]) == 0
+    whole = weights(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run")
+
+    def stop_at(step, *rest):
+        if step == 3:
+            raise KeyboardInterrupt
+        return original(step, *rest)
+
+    original = train.rate_factor
+    monkeypatch.setattr(train, "rate_factor", stop_at)
+    assert train.main([*arguments, "--save-every", "2", "--lora-dropout", "0.2"]) == 130
+    monkeypatch.undo()
+    assert train.main(["--resume", "--out", str(tmp_path / "run")]) == 0  # its settings come from the run folder
+    assert_same_weights(weights(tmp_path / "run"), whole)
+    assert [line["step"] for line in metrics(tmp_path / "run") if "loss" in line] == [1, 2, 3, 4]
+
+
+def test_resume_refuses_other_settings_and_names_them(arguments, tmp_path, capsys):
+    assert train.main([*arguments, "--max-train-steps", "1"]) == 0
+    assert train.main([*arguments, "--max-train-steps", "1", "--seed", "7", "--resume"]) == 2
+    assert "seed 0 → 7" in capsys.readouterr().err
+
+
+def test_existing_run_is_refused_and_overwritten_only_when_all_else_is_good(arguments, tmp_path, capsys):
+    assert train.main([*arguments, "--max-train-steps", "1"]) == 0
+    before = weights(tmp_path / "run")
+    assert train.main(arguments) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert train.main([*arguments, "--data", str(tmp_path / "nowhere"), "--overwrite"]) == 2
+    assert_same_weights(weights(tmp_path / "run"), before)  # a failing --overwrite deletes nothing
+    assert train.main([*arguments, "--overwrite", "--seed", "3"]) == 0
+    assert Config(**read_yaml(tmp_path / "run" / "config.yaml")).seed == 3
+
+
+def test_overwrite_does_not_delete_a_folder_that_is_no_run(arguments, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("years of work")
+    assert train.main([*arguments, "--overwrite"]) == 2
+    assert (tmp_path / "run" / "thesis.txt").read_text() == "years of work"
+
+
+def test_dry_run_prints_settings_and_writes_nothing(arguments, tmp_path, capsys):
+    assert train.main([*arguments, "--dry-run"]) == 0
+    assert "lora_rank: 2" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_data_it_trains_on_procedural_tiles(arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "PROCEDURAL_TILES", 9)
+    at = arguments.index("--data")
+    assert train.main([*arguments[:at], *arguments[at + 2:], "--max-train-steps", "1", "--no-dihedral"]) == 0
+    assert len(list((tmp_path / "cache" / "procedural-second-9").rglob("*.png"))) == 9
+
+
+BAD_INPUT = {
+    "missing data folder": (["--data", "nowhere"], "nowhere"),
+    "rank above min(in, out)": (["--rank", "33"], "32"),
+    "target that matches nothing": (["--target-modules", "to_x"], "to_x"),
+    "missing base": (["--base", "nowhere"], "nowhere"),
+    "block out of range": (["--blocks", "7"], "7"),
+    "no device": (["--device", "cuda:63"], "cuda:63"),
+    "missing config": (["--config", "nowhere.yaml"], "nowhere.yaml"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_is_one_line_and_exit_2_and_leaves_nothing(name, arguments, tmp_path, capsys):
+    flags, named = BAD_INPUT[name]
+    assert train.main([*arguments, *flags]) == 2
+    captured = capsys.readouterr().err
+    assert captured.count("\n") == 1 and captured.startswith("train.py: error: ") and named in captured
+    assert not (tmp_path / "run").exists()
+
+
+def test_folder_of_unreadable_tiles_is_one_line(arguments, tmp_path, capsys):
+    bad = tmp_path / "bad" / "TUM"
+    bad.mkdir(parents=True)
+    for i in range(3):
+        (bad / f"{i}.png").write_bytes(b"no image")
+    assert train.main([*arguments, "--data", str(bad.parent)]) == 2
+    assert "no readable tile" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("damage", ("truncated", "missing key", "other shape"))
+def test_broken_base_is_named(damage, arguments, tmp_path, capsys):
+    base = write_base(tmp_path / "broken")
+    path = base / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = {key: value.clone() for key, value in read_tensors(path)[0].items()}
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    else:
+        if damage == "missing key":
+            del tensors["proj_out.weight"]
+        else:
+            tensors["proj_out.weight"] = torch.zeros(3, 3)
+        from safetensors.torch import save_file
+        save_file(tensors, path)
+    assert train.main([*arguments, "--base", str(base)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and str(path) in error
+    assert damage == "truncated" or "proj_out.weight" in error
+
+
+@pytest.mark.parametrize("flags", (["--rank", "0"], ["--alpha", "nan"], ["--batch-size", "-1"], ["--no-such-flag"]))
+def test_wrong_flags_exit_2_with_one_line(flags):
+    done = subprocess.run([sys.executable, ROOT / "train.py", *flags], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and flags[0] in done.stderr
+
+
+# --- one optimizer step -------------------------------------------------------------------------------------------
+
+def small_problem(tiny_base, dtype=torch.float32):
+    transformer = load_pixcell_base(tiny_base, "cpu", "no").transformer.to(dtype)
+    inject_lora(transformer, 2, 4, exclude=transformer.inert_layers(), generator=torch.Generator().manual_seed(0))
+    adapter = EmbeddingAdapter(16)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():  # B = 0 would hide A's gradients
+        for parameter in [*lora_parameters(transformer), *adapter.parameters()]:
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return transformer.to(dtype), adapter.to(dtype), NoiseSchedule.linear()
+
+
+def random_batch(count, seed, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=dtype)  # noqa: E731
+    return Batch(draw(count, 16, 8, 8), draw(count, 1, 16), draw(count, 16, 8, 8),
+                 torch.randint(1000, (count,), generator=generator), torch.rand(count, generator=generator) < 0.3)
+
+
+def cut(batch, sizes):
+    parts = [getattr(batch, f.name).split(sizes) for f in dataclasses.fields(batch)]
+    return [Batch(*columns) for columns in zip(*parts)]
+
+
+def test_accumulated_gradients_equal_the_full_batch_ragged_batches_included(tiny_base):
+    gradients = []
+    for sizes in ([7], [3, 3, 1]):
+        transformer, adapter, schedule = small_problem(tiny_base)
+        parameters = [*lora_parameters(transformer), *adapter.parameters()]
+        optimizer = build_optimizer(lora_parameters(transformer), adapter.parameters(), 1e-4, 1e-3, 0.0)
+        optimizer_step(lambda batch: diffusion_loss(transformer, adapter, schedule, batch),
+                       cut(random_batch(7, 5), sizes), optimizer, build_scaler("cpu", None), 1e9)
+        gradients.append([p.grad.clone() for p in parameters])
+    for full, accumulated in zip(*gradients):
+        torch.testing.assert_close(full, accumulated, rtol=1e-4, atol=1e-7)  # float32 sums in another order
+    assert all(g.abs().max() > 0 for g in gradients[0])
+
+
+def test_base_stays_bit_equal_and_only_lora_and_adapter_move(tiny_base):
+    transformer, adapter, schedule = small_problem(tiny_base)
+    optimizer = build_optimizer(lora_parameters(transformer), adapter.parameters(), 1e-2, 1e-2, 0.0)
+    frozen = {n: p.clone() for n, p in transformer.state_dict().items() if "lora_" not in n}
+    moving = [p.clone() for p in [*lora_parameters(transformer), *adapter.parameters()]]
+    optimizer_step(lambda batch: diffusion_loss(transformer, adapter, schedule, batch), [random_batch(4, 1)],
+                   optimizer, build_scaler("cpu", None), 1.0)
+    assert all(torch.equal(value, transformer.state_dict()[n]) for n, value in frozen.items())
+    assert all(not torch.equal(a, b) for a, b in
+               zip(moving, [*lora_parameters(transformer), *adapter.parameters()]))
+
+
+def test_loss_is_the_mean_squared_error_of_epsilon_and_ignores_the_variance_channels(tiny_base):
+    transformer, adapter, schedule = small_problem(tiny_base)
+    batch = random_batch(3, 2)
+    losses = diffusion_loss(transformer, adapter, schedule, batch)
+    alpha_bar = schedule.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1)
+    noisy = alpha_bar.sqrt() * batch.latents + (1 - alpha_bar).sqrt() * batch.noise
+    tokens = torch.stack([transformer.uncond_embedding if dropped else adapter(embedding)
+                          for dropped, embedding in zip(batch.dropped, batch.embeddings)])
+    epsilon = transformer(noisy, batch.timesteps, tokens)[:, :16]
+    torch.testing.assert_close(losses, (epsilon - batch.noise).square().mean((1, 2, 3)), rtol=1e-5, atol=1e-6)
+    assert batch.dropped.any() and not batch.dropped.all()
+
+
+def test_dropped_condition_gives_the_adapter_no_gradient(tiny_base):
+    transformer, adapter, schedule = small_problem(tiny_base)
+    batch = dataclasses.replace(random_batch(2, 2), dropped=torch.tensor([True, True]))
+    diffusion_loss(transformer, adapter, schedule, batch).sum().backward()
+    assert all(p.grad is None or p.grad.abs().max() == 0 for p in adapter.parameters())
+
+
+def test_fp16_step_unscales_before_clipping_and_skips_infinities(tiny_base):
+    transformer, adapter, schedule = small_problem(tiny_base)
+    transformer.set_float32_attention(True)
+    optimizer = build_optimizer(lora_parameters(transformer), adapter.parameters(), 1e-3, 1e-3, 0.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    loss_of = lambda batch: diffusion_loss(transformer, adapter, schedule, batch, torch.float16)  # noqa: E731
+    report = optimizer_step(loss_of, [random_batch(2, 3)], optimizer, scaler, 0.5)
+    norm = torch.stack([p.grad.norm() for g in optimizer.param_groups for p in g["params"]]).norm().item()
+    assert not report.skipped and norm == pytest.approx(min(0.5, report.grad_norm), rel=1e-3)
+
+    before = [p.clone() for g in optimizer.param_groups for p in g["params"]]
+    report = optimizer_step(lambda batch: loss_of(batch) * torch.inf, [random_batch(2, 4)], optimizer, scaler, 0.5)
+    assert report.skipped and scaler.get_scale() == 2.0**9
+    assert all(torch.equal(a, b) for a, b in zip(before, [p for g in optimizer.param_groups for p in g["params"]]))
+
+
+def test_a_gradient_that_is_not_finite_stops_a_run_without_scaler(tiny_base):
+    transformer, adapter, schedule = small_problem(tiny_base)
+    optimizer = build_optimizer(lora_parameters(transformer), adapter.parameters(), 1e-3, 1e-3, 0.0)
+    with pytest.raises(ValueError, match="not finite"):
+        optimizer_step(lambda batch: diffusion_loss(transformer, adapter, schedule, batch) * torch.inf,
+                       [random_batch(2, 4)], optimizer, build_scaler("cpu", None), 1.0)
+
+
+def test_lora_and_adapter_have_rates_of_their_own(tiny_base):
+    transformer, adapter, _ = small_problem(tiny_base)
+    optimizer = build_optimizer(lora_parameters(transformer), adapter.parameters(), 1e-4, 1e-3, 0.01)
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-4, 1e-3]
+    assert len(optimizer.param_groups[1]["params"]) == 4
+
+
+@pytest.mark.parametrize("step, schedule, factor", [
+    (0, "cosine", 0.1), (9, "cosine", 1.0), (10, "cosine", 1.0), (60, "cosine", 0.5), (110, "cosine", 0.0),
+    (4, "constant", 0.5), (90, "constant", 1.0)])
+def test_rate_factor(step, schedule, factor):
+    assert training.rate_factor(step, 10, 110, schedule) == pytest.approx(factor, abs=1e-12)
+
+
+def test_validation_is_the_same_each_time_and_restores_the_mode(arguments, tiny_base, tmp_path):
+    config = train.parse_train(arguments)[0]
+    pipeline = load_pixcell_base(tiny_base, "cpu", "no")
+    adapter = train.make_trainable(config, pipeline)
+    _, validation = train.load_features(config, pipeline)
+    pipeline.transformer.train()
+    values = {training.validation_loss(pipeline.transformer, adapter, pipeline.schedule, validation, size, 0)
+              for size in (2, 2)}
+    assert len(values) == 1 and pipeline.transformer.training
+    other = training.validation_loss(pipeline.transformer, adapter, pipeline.schedule, validation, 5, 0)
+    assert other == pytest.approx(values.pop(), rel=1e-5)  # micro-batch size does not change what is measured
+
+
+def test_saved_lora_reloads_to_the_same_forward(arguments, tiny_base, tmp_path):
+    assert train.main(arguments) == 0
+    saved = read_tensors(tmp_path / "run" / "lora_weights.safetensors")[0]
+    transformer = load_pixcell_base(tiny_base, "cpu", "no").transformer
+    load_lora(transformer, tmp_path / "run" / "lora_weights.safetensors")
+    assert len(lora_layers(transformer)) == 12 and len(saved) == 24
+
+
+def test_pickled_code_in_a_state_file_is_refused_and_not_run(arguments, tmp_path, capsys):
+    assert train.main([*arguments, "--max-train-steps", "1"]) == 0
+
+    class Payload:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "pwned"), "w"))
+
+    (tmp_path / "run" / "state.pt").write_bytes(pickle.dumps(Payload()))
+    assert train.main(["--resume", "--out", str(tmp_path / "run")]) == 2
+    assert not (tmp_path / "pwned").exists() and capsys.readouterr().err.count("\n") == 1

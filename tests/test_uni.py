@@ -1,0 +1,257 @@
+"""The tile encoder: timm's network, UNI2-h's preprocessing, one tile or many, 16 crops, strict and safe loading."""
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import TINY_ENCODER
+from PIL import Image
+from timm.layers import SwiGLUPacked
+from torchvision import transforms
+
+from pixcell_min.checkpoint import save_tensors
+from pixcell_min.uni import IMAGENET_MEAN, IMAGENET_STD, TileEncoder, crop_boxes
+
+ROUNDING = 1e-6  # float32: the order of a division and a subtraction
+RESIZE_ROUNDING = 1.5 / 255  # PIL rounds to whole levels after each of its two passes, tensors are not rounded
+TIMM_ARGS = {"img_size": 28, "patch_size": 14, "depth": 1, "num_heads": 2, "init_values": 1.0, "embed_dim": 16,
+             "mlp_ratio": 4.0, "num_classes": 0, "no_embed_class": True, "mlp_layer": SwiGLUPacked,
+             "act_layer": torch.nn.SiLU, "reg_tokens": 2, "dynamic_img_size": True}
+
+
+@pytest.fixture(scope="module")
+def encoder(tiny_base):
+    return TileEncoder.from_pretrained(tiny_base / "uni")
+
+
+def tile(seed=0, size=(40, 40)):
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def as_tensor(image):
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+
+
+def seen_by_network(encoder, image):
+    """What the vision transformer is given for a tile."""
+    pixels = []
+    hook = encoder.vit.register_forward_pre_hook(lambda vit, args: pixels.append(args[0]))
+    encoder(image)
+    hook.remove()
+    return pixels[0]
+
+
+# The network
+
+def test_same_output_as_timm(encoder):
+    reference = timm.create_model("vit_giant_patch14_224", pretrained=False, **TIMM_ARGS).eval()
+    reference.load_state_dict(encoder.vit.state_dict(), strict=True)
+    images = [tile(1), tile(2)]
+    transform = transforms.Compose([transforms.Resize(28), transforms.ToTensor(),
+                                    transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+    expected = reference(torch.stack([transform(image) for image in images]))[:, None]
+    torch.testing.assert_close(encoder(images), expected, atol=ROUNDING, rtol=0)
+    assert expected.shape == (2, 1, 16) and (expected[0] - expected[1]).abs().max() > 1e-3
+
+
+def test_a_config_without_arguments_is_uni2h():
+    with torch.device("meta"):
+        encoder = TileEncoder(None)
+    rows = [line.split("\t") for line in
+            (Path(__file__).parent / "data" / "uni2-h.tsv").read_text().splitlines()[1:]]
+    expected = {key: tuple(int(n) for n in shape.split(",")) for key, shape in rows}
+    assert {key: tuple(t.shape) for key, t in encoder.vit.state_dict().items()} == expected
+    assert (encoder.embedding_dim, encoder.input_size) == (1536, 224)
+    assert sum(p.numel() for p in encoder.vit.parameters()) == 681_394_176
+    assert isinstance(encoder.vit.blocks[0].mlp.act, torch.nn.SiLU)
+
+
+def test_frozen_and_evaluating(encoder):
+    assert not encoder.training and not encoder.vit.training
+    assert not any(p.requires_grad for p in encoder.parameters())
+    assert not encoder(tile()).requires_grad
+
+
+def test_differentiable_in_tensors(encoder):
+    pixels = as_tensor(tile()).requires_grad_()
+    encoder(pixels).sum().backward()
+    assert pixels.grad.isfinite().all() and pixels.grad.abs().max() > 0
+
+
+# Preprocessing
+
+@pytest.mark.parametrize("side", [224, 256, 300, 64])
+def test_same_preprocessing_as_torchvision(side):
+    torch.manual_seed(0)
+    encoder = TileEncoder({**TINY_ENCODER, "img_size": 224}).eval()
+    transform = transforms.Compose([
+        transforms.Resize(224, transforms.InterpolationMode.BILINEAR, antialias=True), transforms.ToTensor(),
+        transforms.Normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))])
+    image = tile(size=(side, side))
+    torch.testing.assert_close(seen_by_network(encoder, image)[0], transform(image), atol=ROUNDING, rtol=0)
+
+
+@pytest.mark.parametrize("size", [(28, 28), (40, 40), (56, 56), (20, 20), (60, 40)])
+def test_tensors_are_resized_as_pictures_are(encoder, size):
+    image = tile(size=size)
+    from_picture, from_tensor = seen_by_network(encoder, image), seen_by_network(encoder, as_tensor(image))
+    levels = (from_picture - from_tensor).abs() * torch.tensor(IMAGENET_STD)[:, None, None]
+    assert levels.max() < (ROUNDING if size == (28, 28) else RESIZE_ROUNDING)
+
+
+def test_mean_and_deviation_of_the_config(encoder):
+    other = TileEncoder(TINY_ENCODER, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+    pixels = as_tensor(tile(size=(28, 28)))
+    torch.testing.assert_close(seen_by_network(other, pixels)[0], (pixels - 0.5) * 4, atol=ROUNDING, rtol=0)
+
+
+def test_the_centred_square_of_other_shapes(encoder):
+    wide, tall = tile(size=(61, 40)), tile(size=(40, 57))
+    assert torch.equal(encoder(wide), encoder(wide.crop((10, 0, 50, 40))))
+    assert torch.equal(encoder(tall), encoder(tall.crop((0, 8, 40, 48))))
+    assert torch.equal(encoder(as_tensor(wide)), encoder(as_tensor(wide)[:, :, 10:50]))
+
+
+def test_grey_and_transparent_pictures_are_taken_as_rgb(encoder):
+    grey = tile().convert("L")
+    assert torch.equal(encoder(grey), encoder(grey.convert("RGB")))
+    assert torch.equal(encoder(tile().convert("RGBA")), encoder(tile()))
+
+
+# One or many
+
+def test_one_or_many(encoder):
+    images = [tile(i) for i in range(3)]
+    tensors = [as_tensor(image) for image in images]
+    together = encoder(images)
+    assert together.shape == (3, 1, 16) and together.dtype == torch.float32
+    assert torch.equal(encoder(tuple(images)), together)
+    assert torch.equal(encoder(torch.stack(tensors)), encoder(tensors))
+    for i in range(3):
+        assert encoder(images[i]).shape == encoder(tensors[i]).shape == (1, 1, 16)
+        torch.testing.assert_close(encoder(images[i])[0], together[i], atol=ROUNDING, rtol=0)
+        torch.testing.assert_close(encoder(tensors[i])[0], encoder(tensors)[i], atol=ROUNDING, rtol=0)
+    mixed = encoder([images[0], tensors[1], tile(2, (28, 30))])  # pictures and tensors of any size
+    torch.testing.assert_close(mixed[0], together[0], atol=ROUNDING, rtol=0)
+
+
+@pytest.mark.parametrize("form", [lambda image: image, as_tensor])
+def test_sixteen_crops_in_row_order(encoder, form):
+    image = tile(size=(1024, 1024))
+    embeddings = encoder([form(image), form(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT))])
+    assert embeddings.shape == (2, 16, 16)
+    for row in range(4):
+        for column in range(4):
+            box = (256 * column, 256 * row, 256 * column + 256, 256 * row + 256)
+            alone = encoder(form(image.crop(box)))
+            torch.testing.assert_close(embeddings[0, 4 * row + column], alone[0, 0], atol=ROUNDING, rtol=0)
+    assert len(embeddings[0].unique(dim=0)) == 16
+
+
+def test_crop_boxes_by_hand():
+    boxes = crop_boxes(1024, 1024)
+    assert len(boxes) == 16 and boxes[:2] == [(0, 0, 256, 256), (256, 0, 512, 256)]
+    assert boxes[4] == (0, 256, 256, 512) and boxes[15] == (768, 768, 1024, 1024)
+    assert crop_boxes(1024, 1000) == [(12, 0, 1012, 1000)] and crop_boxes(5, 8) == [(0, 1, 5, 6)]
+
+
+# Refusals
+
+@pytest.mark.parametrize("images, message", [
+    ([], "no tile given"), (torch.zeros(0, 3, 28, 28), "no tile given"), (["tile.png"], "got str"),
+    ([np.zeros((28, 28, 3))], "got ndarray"), (torch.zeros(1, 28, 28), r"\(1, 28, 28\)"),
+    (torch.zeros(3, 28, 28, dtype=torch.uint8), "torch.uint8"), (torch.zeros(2, 1, 28, 28), r"\(1, 28, 28\)"),
+    (torch.zeros(28, 28), r"\(28,\)"),
+])
+def test_other_inputs_are_refused(encoder, images, message):
+    with pytest.raises(ValueError, match=message):
+        encoder(images)
+
+
+def test_tiles_with_other_token_counts_cannot_share_a_call(encoder):
+    with pytest.raises(ValueError, match="cannot share one call"):
+        encoder([torch.zeros(3, 1024, 1024), torch.zeros(3, 28, 28)])
+
+
+@pytest.mark.parametrize("args, message", [
+    ({k: v for k, v in TINY_ENCODER.items() if k != "depth"}, "must name exactly"),
+    ({**TINY_ENCODER, "global_pool": "avg"}, "must name exactly"), (["depth"], "must name exactly"),
+    (7, "must name exactly"), ({**TINY_ENCODER, "num_heads": 3}, "timm refuses"),
+    ({**TINY_ENCODER, "depth": "two"}, "timm refuses"), ({**TINY_ENCODER, "embed_dim": 0}, "timm refuses"),
+])
+def test_wrong_arguments_are_refused(args, message):
+    with pytest.raises(ValueError, match=message):
+        TileEncoder(args)
+
+
+# Loading
+
+class Payload:
+    """A pickle that would make a file when it is loaded."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+def write(folder, encoder, config=None):
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({"model_args": TINY_ENCODER} if config is None else config))
+    return {name: tensor.clone() for name, tensor in encoder.vit.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_read_from_either_file(encoder, tmp_path, name, dtype):
+    save_tensors(tmp_path / name, write(tmp_path, encoder))
+    loaded = TileEncoder.from_pretrained(tmp_path, dtype)
+    assert all(torch.equal(a.to(dtype), b) for a, b in zip(encoder.parameters(), loaded.parameters()))
+    embedding = loaded(tile())
+    assert embedding.dtype == dtype and not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+    if dtype == torch.float32:
+        assert torch.equal(embedding, encoder(tile()))
+
+
+def test_a_pickle_with_code_is_refused_and_not_run(encoder, tmp_path):
+    write(tmp_path, encoder)
+    marker = tmp_path / "ran"
+    (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps({"cls_token": Payload(marker)}, protocol=2))
+    with pytest.raises(ValueError, match="pytorch_model.bin: refused"):
+        TileEncoder.from_pretrained(tmp_path)
+    torch.save({"cls_token": Payload(marker)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="pytorch_model.bin: refused"):
+        TileEncoder.from_pretrained(tmp_path)
+    assert not marker.exists()
+    torch.load(tmp_path / "pytorch_model.bin", weights_only=False)
+    assert marker.exists()  # the file was dangerous
+
+
+def test_missing_and_misfitting_files_are_refused(encoder, tmp_path):
+    with pytest.raises(ValueError, match="config.json: cannot be read"):
+        TileEncoder.from_pretrained(tmp_path)
+    tensors = write(tmp_path, encoder)
+    with pytest.raises(ValueError, match="no model.safetensors or pytorch_model.bin"):
+        TileEncoder.from_pretrained(tmp_path)
+    tensors["cls_tokn"] = tensors.pop("cls_token")
+    save_tensors(tmp_path / "model.safetensors", tensors)
+    with pytest.raises(ValueError, match="'cls_tokn' is nearest to 'cls_token'"):
+        TileEncoder.from_pretrained(tmp_path)
+    write(tmp_path, encoder, {"architecture": "resnet50"})
+    with pytest.raises(ValueError, match="architecture 'resnet50', expected 'vit_giant_patch14_224'"):
+        TileEncoder.from_pretrained(tmp_path)
+
+
+def test_the_config_names_mean_and_deviation(encoder, tmp_path):
+    normalise = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
+    config = {"architecture": "vit_giant_patch14_224", "model_args": TINY_ENCODER, "pretrained_cfg": normalise}
+    save_tensors(tmp_path / "model.safetensors", write(tmp_path, encoder, config))
+    loaded = TileEncoder.from_pretrained(tmp_path)
+    assert (loaded.mean, loaded.std) == ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    assert (encoder.mean, encoder.std) == (IMAGENET_MEAN, IMAGENET_STD)
