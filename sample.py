@@ -82,9 +82,10 @@ def sample(options) -> None:
 
     for path, name in tqdm(tiles.items(), "sampling", unit="tile", disable=len(tiles) == 1 or None):
         tile = fit_tile(read_tile(path), size, fit)
-        embedding = pipeline.encoder(tile).expand(len(seeds), -1, -1)              # (n, S, E)
+        embedding = pipeline.encoder(tile)                                         # (1, S, E)
+        # Adapted before it is repeated: a matrix product over n rows may round otherwise than over one.
         adapted = adapter(embedding) if adapter else embedding
-        images = pipeline(adapted, seed=seeds, **settings).images
+        images = pipeline(adapted.expand(len(seeds), -1, -1), seed=seeds, **settings).images
         for image, seed in zip(images, seeds):
             target = options.out / f"{name}_seed{seed}.png"
             save_png(target, image, {**made_by, "seed": seed, "tile": path.name, "tile_hash": file_hash(path)})
@@ -98,6 +99,7 @@ def sample(options) -> None:
 
 def comparison(pipeline, tile, embedding, images, seeds, settings, options):
     """real | base | adapted, a row per seed; without LoRA and adapter the images are the base's: real | base."""
+    embedding = embedding.expand(len(seeds), -1, -1)                               # (n, S, E)
     if not (options.lora or options.adapter):
         return image_grid([(tile, image) for image in images], ("real", "base"))
     if options.fuse_lora and options.lora:

@@ -5,6 +5,7 @@ embedding, seed and settings, never on what else is drawn in the same call.
     guided ε = ε(∅) + g·(ε(c) − ε(∅))            Ho & Salimans 2022, on all latent channels
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -114,6 +115,8 @@ class PixCellPipeline:
         seeds = [seed + i for i in range(len(embedding))] if isinstance(seed, int) else list(seed)
         if len(seeds) != len(embedding):
             raise ValueError(f"got {len(seeds)} seeds for {len(embedding)} embeddings; give one each, or one int")
+        if not math.isfinite(guidance_scale):
+            raise ValueError(f"guidance_scale is {guidance_scale}, expected a finite number")
         sampler = build_scheduler(scheduler, self.schedule, eta=eta)
         progress = progress or (lambda steps: tqdm(steps, "denoising", unit="step", leave=False, disable=None))
         images = []
@@ -130,7 +133,7 @@ class PixCellPipeline:
         embedding = torch.as_tensor(embedding, dtype=torch.float32, device=self.device)
         shape = tuple(embedding.shape)
         if embedding.ndim < 3:  # (E,) or (S, E): one image; a stack of B single tokens must say (B, 1, E)
-            embedding = embedding.reshape(1, -1, shape[-1] if shape else 1)
+            embedding = embedding[(None,) * (3 - embedding.ndim)]
         if embedding.ndim != 3 or embedding.shape[1:] != (config.caption_num_tokens, config.caption_channels):
             raise ValueError(f"embedding must be (B, {config.caption_num_tokens}, {config.caption_channels}), got {shape}")
         if not embedding.isfinite().all():

@@ -4,6 +4,7 @@ Where ours differs on purpose the reference is mended and the difference has a t
 also shows that diffusers still does it: when that fails, the difference may go.
 """
 
+import json
 import math
 
 import pytest
@@ -15,6 +16,9 @@ from diffusers import (
 from pixcell_min.schedulers import (
     DDIM, DDPM, DPMSolverPP2M, EulerAncestral, NoiseSchedule, build_scheduler,
 )
+
+# diffusers hands tensors to numpy in the old way.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 SPACINGS = ("linspace", "leading", "trailing")
 COUNTS = (1, 2, 5, 14, 15, 20, 30, 50, 61, 999, 1000)
@@ -89,6 +93,8 @@ def test_matrix(sampler, options, spacing, prediction_type):
         assert [row.timestep for row in rows] == theirs.timesteps.tolist()
         start = randn(1, 2, 2, 2) * ours.init_noise_sigma(count)
         assert ours.init_noise_sigma(count) == float(theirs.init_noise_sigma)
+        if count == (999 if prediction_type == "epsilon" else 1000):
+            continue  # one loop of that length is enough
         x, own, x0, own_x0 = start, start, None, None
         g, g_own, g_step = generator(), generator(), generator()
         for i, row in enumerate(rows):
@@ -110,17 +116,18 @@ def test_matrix(sampler, options, spacing, prediction_type):
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize("sampler", REFERENCE)
-def test_timesteps_of_every_count(sampler, spacing):
+@pytest.mark.parametrize("sampler", [DDPM, EulerAncestral, DPMSolverPP2M])
+def test_timesteps_of_many_counts(sampler, spacing):
     ours = sampler(SCHEDULE, timestep_spacing=spacing)
     theirs = REFERENCE[sampler](timestep_spacing=spacing)
     spare = 1 if sampler is DPMSolverPP2M else 0
-    for count in range(1, 1001 - spare):
+    # 48, 96, 112 ...: the counts whose trailing timesteps fall on halves are multiples of 16.
+    for count in (*range(1, 1000, 9), *range(16, 1000, 16)):
         theirs.set_timesteps(count)
-        timesteps = torch.tensor(ours._timesteps(count, spare), dtype=torch.float32)
+        timesteps = torch.tensor(ours._timesteps(count, spare), dtype=torch.float64)
         if sampler is not EulerAncestral:
-            timesteps = timesteps.round()  # halves to even in float32 as in float64: they are exact
-        assert torch.equal(timesteps, theirs.timesteps[:count].float()), count
+            timesteps = timesteps.round()
+        assert torch.equal(timesteps.float(), theirs.timesteps[:count].float()), count
 
 
 @pytest.mark.parametrize("sampler, options", CASES, ids=str)
@@ -148,8 +155,6 @@ def test_one_step_from_states_without_sense(sampler, options, spacing):
     dict(trained_betas=[0.1, 0.3, 0.5], num_train_timesteps=3),
 ], ids=str)  # fmt: skip
 def test_from_config_reads_what_diffusers_writes(name, config, tmp_path):
-    import json
-
     theirs = REFERENCE[name](**config)
     theirs.save_config(tmp_path)
     saved = json.loads((tmp_path / "scheduler_config.json").read_text())
@@ -254,7 +259,7 @@ def test_differs_trap_3_diffusers_adds_a_step_at_minus_one():
 
 
 def test_differs_trap_4_diffusers_ddim_leaves_the_table():
-    for spacing, wrong in (("linspace", 29), ("leading", 0), ("trailing", 20)):
+    for spacing, wrong in (("linspace", 29), ("leading", 0), ("trailing", 10)):
         theirs = DDIMScheduler(timestep_spacing=spacing, clip_sample=False)
         theirs.set_timesteps(30)
         rows = DDIM(SCHEDULE, spacing).steps(30)
@@ -316,6 +321,7 @@ def test_differs_dpm_at_as_many_steps_as_timesteps():
             own, x0 = ours.step(toy(own, row.timestep, "epsilon"), own, row, None, x0)
         finals[count] = own
         assert torch.isfinite(x).all() == (count == 999)
+        assert count == 1000 or torch.allclose(own, x, **LOOP)
     torch.testing.assert_close(finals[1000], finals[999], atol=1e-3, rtol=0)  # other timesteps
     theirs = reference(DPMSolverPP2M, 1000, "leading")
     assert theirs.timesteps.unique().tolist() == [0]  # ours refuses: test_schedulers.py

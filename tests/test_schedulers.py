@@ -454,7 +454,7 @@ def test_one_step_starts_at_zero_except_where_said():
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
-@pytest.mark.parametrize("count", [1, 2, 5, 20, 50])
+@pytest.mark.parametrize("count", [1, 2, 30])
 def test_oracle_recovers_x0(prediction_type, count):
     x0 = randn(2, 4, 2, 2)
     for sampler in samplers(prediction_type):
@@ -569,7 +569,7 @@ def test_two_runs_interleaved_equal_two_runs_apart():
     starts = [randn(1, 4, 2, 2, seed=seed) for seed in (3, 4)]
     for sampler in samplers():
         say = lambda x, row: torch.sin(sampler.scale_model_input(x, row))  # noqa: E731
-        apart = [run(sampler, 8, say, start, generator(5)).__getitem__(0) for start in starts]
+        apart = [run(sampler, 8, say, start, generator(5))[0] for start in starts]
         state = [(start, None) for start in starts]
         sources = [generator(5), generator(5)]
         for row in sampler.steps(8):

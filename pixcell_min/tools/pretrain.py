@@ -146,7 +146,8 @@ class Trainer:
         self.views = [torch.nn.Parameter(p.data.view(p.shape[0], -1)) for p in self.matrices]
         self.optimizers = [
             torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True),
-            torch.optim.Muon(self.views, lr=rate * MUON_FACTOR, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")]
+            torch.optim.Muon(self.views, lr=rate * MUON_FACTOR, weight_decay=0.01, adjust_lr_fn="match_rms_adamw",
+                             ns_steps=3)]
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["peak"] = group["lr"]

@@ -1,0 +1,116 @@
+"""The layout that STYLE promises: who imports whom, how long things are, that public things say what they are."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "pixcell_min"
+CORE = sorted(PACKAGE.glob("*.py"))
+SCRIPTS = [ROOT / "train.py", ROOT / "sample.py"]
+ALL = sorted(PACKAGE.rglob("*.py")) + SCRIPTS
+LEAVES = ("transformer", "vae", "uni", "lora", "adapter", "schedulers")
+LEAF_PACKAGES = {"torch", "timm", "einops", "numpy", "PIL", "safetensors"}
+RUNTIME = LEAF_PACKAGES | {"tqdm", "yaml", "pixcell_min"}
+TESTS_ONLY = {"diffusers", "peft", "accelerate", "transformers"}
+MAX_FILE, MAX_FUNCTION = 330, 70  # lines
+# Four samplers and their shared schedule stand in one file: they are one table and one formula.
+LONGER = {"schedulers.py": 430}
+
+
+def imports(path):
+    """{what is imported, dotted}: modules, and names taken from modules of ours."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.add(node.module)
+            if node.module == "pixcell_min":
+                found = found - {node.module} | {f"pixcell_min.{alias.name}" for alias in node.names}
+    return found
+
+
+def packages(path):
+    return {name.split(".")[0] for name in imports(path)} - sys.stdlib_module_names
+
+
+def ours(path):
+    return {name for name in imports(path) if name.split(".")[0] == "pixcell_min"}
+
+
+@pytest.mark.parametrize("name", LEAVES)
+def test_a_leaf_imports_no_other_module_of_ours_but_the_file_reader(name):
+    path = PACKAGE / f"{name}.py"
+    assert ours(path) <= {"pixcell_min.checkpoint"} and packages(path) <= LEAF_PACKAGES | {"pixcell_min"}
+
+
+def test_the_file_reader_and_the_precision_know_none_of_ours():
+    assert packages(PACKAGE / "checkpoint.py") <= {"torch", "safetensors"}
+    assert packages(PACKAGE / "precision.py") <= {"torch"}
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.name)
+def test_only_runtime_packages_are_imported(path):
+    assert not imports(path) & TESTS_ONLY and packages(path) <= RUNTIME
+    text = path.read_text()
+    assert not any(f"import_module(\"{name}" in text or f"__import__(\"{name}" in text for name in TESTS_ONLY)
+
+
+def test_only_scripts_and_tools_import_the_config():
+    assert [path.name for path in CORE if "pixcell_min.config" in ours(path)] == []
+
+
+@pytest.mark.parametrize("name", ["pipeline", "training", "data"])
+def test_models_and_schedules_are_arguments(name):
+    models = {f"pixcell_min.{model}" for model in ("transformer", "vae", "uni", "adapter", "base")}
+    assert not ours(PACKAGE / f"{name}.py") & models
+
+
+def test_the_core_imports_no_tool_and_no_script():
+    for path in CORE:
+        assert not any(name.startswith("pixcell_min.tools") for name in ours(path)), path.name
+        assert not imports(path) & {"train", "sample"}, path.name
+
+
+@pytest.mark.parametrize("path", CORE + SCRIPTS, ids=lambda path: path.name)
+def test_lengths(path):
+    lines = path.read_text().splitlines()
+    assert len(lines) < LONGER.get(path.name, MAX_FILE)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert node.end_lineno - node.lineno < MAX_FUNCTION, f"{path.name}: {node.name}"
+
+
+def public(tree):
+    """Public functions and classes of a module, and public methods of its public classes."""
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            yield node
+            if isinstance(node, ast.ClassDef):
+                yield from (method for method in node.body if isinstance(method, ast.FunctionDef)
+                            and not method.name.startswith("_") and method.name != "forward")
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.name)
+def test_public_things_say_what_they_are(path):
+    tree = ast.parse(path.read_text())
+    if path.read_text().strip():
+        assert ast.get_docstring(tree), path
+    assert [node.name for node in public(tree) if not ast.get_docstring(node)] == []
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.name)
+def test_no_blanket_handler_and_no_loose_loading(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None, f"{path.name}: bare except"
+            names = {n.id for n in ast.walk(node.type) if isinstance(n, ast.Name)}
+            assert not names & {"Exception", "BaseException"}, f"{path.name}:{node.lineno}"
+        if isinstance(node, ast.Call):
+            options = {k.arg: getattr(k.value, "value", None) for k in node.keywords}
+            assert options.get("strict") is not False, f"{path.name}:{node.lineno}"
+            assert ast.unparse(node.func) != "torch.load" or options.get("weights_only") is True

@@ -1,0 +1,342 @@
+"""From embedding to image: the user's snippet, seeds, guidance, samplers, LoRA on and off, refusals."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_base
+from PIL import Image
+
+from pixcell_min.adapter import EmbeddingAdapter, save_adapter
+from pixcell_min.base import load_encoder, load_pixcell_base
+from pixcell_min.lora import inject_lora, lora_disabled, lora_layers, lora_parameters, save_lora
+from pixcell_min.pipeline import GUIDANCE_SCALE, PixCellPipeline, denoise
+from pixcell_min.schedulers import DDPM, SCHEDULER_NAMES, NoiseSchedule, build_scheduler
+
+ROUNDING = 1e-5  # float32, latents of order 1 to 10: the same sums in another order over a few steps
+FUSED = 1e-4  # (W + s·B·A)·x rounds once, W·x + s·B·(A·x) thrice; over ten steps
+
+
+def loaded(folder, mixed_precision="no"):
+    return load_pixcell_base(folder, "cpu", mixed_precision)
+
+
+@pytest.fixture
+def pipeline(tiny_base):
+    return loaded(tiny_base)
+
+
+def embeddings(count=1, tokens=1):
+    return torch.randn(count, tokens, 16, generator=torch.Generator().manual_seed(5))
+
+
+def latents_of(pipeline, scheduler="ddim", seed=0, condition=None, **options):
+    sampler = build_scheduler(scheduler, pipeline.schedule) if isinstance(scheduler, str) else scheduler
+    options = {"num_inference_steps": 6, **options}
+    condition = embeddings() if condition is None else condition
+    return denoise(pipeline.transformer, sampler, condition, torch.Generator().manual_seed(seed), **options)
+
+
+def trained_lora(base, path, base_hash=None):
+    """A LoRA file whose update is not zero."""
+    pipeline = loaded(base)
+    torch.manual_seed(3)
+    inject_lora(pipeline.transformer, 2, 4, exclude=pipeline.transformer.inert_layers())
+    for parameter in lora_parameters(pipeline.transformer):
+        torch.nn.init.normal_(parameter, std=0.3)
+    save_lora(pipeline.transformer, path, {"base_hash": base_hash or pipeline.base_hash})
+    return path
+
+
+@pytest.fixture(scope="module")
+def lora_file(tiny_base, tmp_path_factory):
+    return trained_lora(tiny_base, tmp_path_factory.mktemp("lora") / "lora_weights.safetensors")
+
+
+# The user's snippet
+
+SNIPPET = """
+from pixcell_min import load_pixcell_base, load_adapter, uni2h_encoder
+pipeline = load_pixcell_base()
+pipeline.load_lora_weights("path/to/lora_weights.safetensors")
+adapter = load_adapter("path/to/adapter.pth")
+embedding = adapter(uni2h_encoder(input_image))
+image = pipeline(embedding, num_inference_steps=50).images[0]
+"""
+
+
+def test_the_users_snippet_runs_as_it_stands(tiny_base, tmp_path, monkeypatch):
+    (tmp_path / "path" / "to").mkdir(parents=True)
+    trained_lora(tiny_base, tmp_path / "path" / "to" / "lora_weights.safetensors")
+    save_adapter(EmbeddingAdapter(16), tmp_path / "path" / "to" / "adapter.pth")
+    monkeypatch.setenv("PIXCELL_BASE", str(tiny_base))
+    monkeypatch.chdir(tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    names = {"input_image": Image.fromarray(pixels)}
+    exec(SNIPPET, names)
+    assert isinstance(names["image"], Image.Image) and names["image"].size == (64, 64)
+    assert names["image"].mode == "RGB" and np.asarray(names["image"]).std() > 0
+
+
+# What an image depends on
+
+@pytest.mark.parametrize("scheduler", SCHEDULER_NAMES)
+def test_the_same_seed_gives_the_same_bytes_whatever_else_is_drawn(pipeline, scheduler):
+    three = embeddings(3)
+    options = {"num_inference_steps": 3, "scheduler": scheduler}
+    together = pipeline(three, seed=[7, 8, 9], **options).images
+    counted = pipeline(three, seed=7, **options).images  # image i uses seed + i
+    torch.manual_seed(1)  # the global generator takes no part
+    alone = [pipeline(three[i:i + 1], seed=7 + i, **options).images[0] for i in range(3)]
+    assert [i.tobytes() for i in together] == [i.tobytes() for i in counted] == [i.tobytes() for i in alone]
+    assert len({image.tobytes() for image in pipeline(three[:1].expand(3, 1, 16), seed=7, **options).images}) == 3
+
+
+def test_the_image_depends_on_its_embedding(pipeline):
+    first, second = pipeline(embeddings(2), num_inference_steps=4, seed=[0, 0]).images
+    assert first.tobytes() != second.tobytes()
+
+
+@pytest.mark.parametrize("shape", [(16,), (1, 16), (1, 1, 16)])
+def test_one_embedding_in_any_form(pipeline, shape):
+    expected = pipeline(embeddings(), num_inference_steps=2).images
+    given = embeddings().reshape(shape)
+    for form in (given, given.double(), given.numpy(), given.clone().requires_grad_()):
+        images = pipeline(form, num_inference_steps=2).images
+        assert len(images) == 1 and images[0].tobytes() == expected[0].tobytes()
+
+
+def test_defaults_are_ddim_fifty_steps_and_the_released_guidance(pipeline):
+    seen = []
+    image = pipeline(embeddings(), progress=lambda steps: seen.append(len(steps)) or steps).images[0]
+    assert seen == [50] and GUIDANCE_SCALE == 1.5
+    explicit = pipeline(embeddings(), 50, 1.5, "ddim", 0.0, 0).images[0]
+    assert image.tobytes() == explicit.tobytes()
+
+
+# Guidance
+
+class Recorder(torch.nn.Module):
+    """A network that notes what it is given, and answers the condition's mean in every place."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.config, self.proj_out, self.uncond_embedding = network.config, network.proj_out, network.uncond_embedding
+        self.calls = []
+
+    def forward(self, latents, timesteps, encoder_hidden_states):
+        self.calls.append((latents, timesteps, encoder_hidden_states))
+        values = encoder_hidden_states.mean(dim=(1, 2))[:, None, None, None].expand(-1, 32, *latents.shape[2:])
+        return torch.cat([values[:, :16], values[:, 16:] * 0 + 0.25], dim=1)
+
+
+def test_guidance_moves_from_the_null_embedding_past_the_condition(pipeline):
+    network, condition = Recorder(pipeline.transformer), torch.full((1, 1, 16), 2.0)
+    given = []
+
+    class Sampler(type(build_scheduler("ddim", pipeline.schedule))):
+        def step(self, model_output, *rest):
+            given.append(model_output)
+            return super().step(model_output, *rest)
+
+    denoise(network, Sampler(pipeline.schedule), condition, torch.Generator(), num_inference_steps=2, guidance_scale=3.0)
+    null = network.uncond_embedding.mean()
+    for latents, _, tokens in network.calls:
+        assert torch.equal(latents[0], latents[1]) and torch.equal(tokens[0], network.uncond_embedding)
+        assert torch.equal(tokens[1], condition[0])
+    for output in given:
+        assert output.shape == (1, 32, 8, 8)
+        expected = (null + 3.0 * (2.0 - null)).expand(1, 16, 8, 8)
+        torch.testing.assert_close(output[:, :16], expected, atol=ROUNDING, rtol=0)
+        assert (output[:, 16:] == 0.25).all()  # a learned variance is not guided
+
+
+def test_guidance_one_is_the_condition_alone(pipeline):
+    network = Recorder(pipeline.transformer)
+    denoise(network, build_scheduler("ddim", pipeline.schedule), embeddings(), torch.Generator(),
+            num_inference_steps=3, guidance_scale=1)
+    assert len(network.calls) == 3 and all(torch.equal(tokens, embeddings()) for _, _, tokens in network.calls)
+    # The limit of the general formula, and guidance 0 the null embedding's.
+    near = latents_of(pipeline, guidance_scale=1 + 1e-6)
+    torch.testing.assert_close(latents_of(pipeline, guidance_scale=1), near, atol=FUSED, rtol=0)
+    null = latents_of(pipeline, condition=pipeline.transformer.uncond_embedding[None], guidance_scale=1)
+    torch.testing.assert_close(latents_of(pipeline, guidance_scale=0), null, atol=FUSED, rtol=0)
+    assert not torch.equal(latents_of(pipeline, guidance_scale=2.0), latents_of(pipeline, guidance_scale=1))
+
+
+# Samplers, sizes, precision
+
+@pytest.mark.parametrize("scheduler", SCHEDULER_NAMES)
+@pytest.mark.parametrize("size", [None, (4, 10)])
+def test_each_sampler_runs_at_any_size(pipeline, scheduler, size):
+    latents = latents_of(pipeline, scheduler, size=size)
+    assert latents.shape == (1, 16, *(size or (8, 8))) and latents.dtype == torch.float32
+    assert latents.isfinite().all() and not latents.requires_grad
+    image = pipeline.decode(latents)
+    assert image.size == (8 * latents.shape[3], 8 * latents.shape[2])
+    assert torch.equal(latents_of(pipeline, scheduler, size=size), latents)
+
+
+def test_the_network_is_given_the_samplers_timesteps(pipeline):
+    for name in SCHEDULER_NAMES:
+        network, sampler = Recorder(pipeline.transformer), build_scheduler(name, pipeline.schedule)
+        denoise(network, sampler, embeddings(), torch.Generator(), num_inference_steps=7)
+        assert [t for _, t, _ in network.calls] == [step.timestep for step in sampler.steps(7)]
+
+
+def test_learned_variance_steers_ddpm(pipeline):
+    noise = NoiseSchedule.linear()
+    learned = latents_of(pipeline, DDPM(noise, variance_type="learned_range"))
+    with torch.no_grad():  # the last half of proj_out's columns is the variance, the same for every patch
+        kept = pipeline.transformer.proj_out.bias.clone()
+        pipeline.transformer.proj_out.bias.view(4, 32)[:, 16:] += 3.0
+    assert not torch.equal(latents_of(pipeline, DDPM(noise, variance_type="learned_range")), learned)
+    fixed = latents_of(pipeline, DDPM(noise))
+    pipeline.transformer.proj_out.bias.data = kept
+    assert torch.equal(latents_of(pipeline, DDPM(noise)), fixed)  # which the others do not look at
+    assert learned.isfinite().all() and not torch.equal(learned, fixed)
+
+
+def test_eta_belongs_to_ddim(pipeline):
+    plain, noisy = (pipeline(embeddings(), 4, eta=eta).images[0] for eta in (0.0, 1.0))
+    assert plain.tobytes() != noisy.tobytes()
+    with pytest.raises(ValueError, match="eta is 1.0 with ddpm"):
+        pipeline(embeddings(), 4, scheduler="ddpm", eta=1.0)
+
+
+@pytest.mark.parametrize("mixed_precision", ["fp16", "bf16"])
+def test_autocast_wraps_the_network_alone(tiny_base, mixed_precision):
+    exact, cast = loaded(tiny_base), loaded(tiny_base, mixed_precision)
+    inside, linear = [], cast.transformer.transformer_blocks[0].ff.net[2]
+    linear.register_forward_hook(lambda layer, given, out: inside.append(out.dtype))
+    cast.vae.decoder.conv_in.register_forward_hook(lambda layer, given, out: inside.append(out.dtype))
+    image = cast(embeddings(), num_inference_steps=2).images[0]
+    assert inside == [cast.dtype, cast.dtype, torch.float32]
+    expected = exact(embeddings(), num_inference_steps=2).images[0]
+    assert np.abs(np.asarray(image, int) - np.asarray(expected, int)).mean() < 4  # of 255
+
+
+def test_sixteen_tokens(tmp_path, monkeypatch):
+    changes = {"caption_num_tokens": 16}
+    import conftest
+    monkeypatch.setattr(conftest, "TINY_TRANSFORMER", {**conftest.TINY_TRANSFORMER, **changes})
+    pipeline = loaded(write_base(tmp_path / "base"))
+    images = pipeline(embeddings(2, 16), num_inference_steps=2).images
+    assert len(images) == 2
+    assert pipeline(embeddings(2, 16)[0], num_inference_steps=2).images[0].tobytes() == images[0].tobytes()
+    with pytest.raises(ValueError, match=r"must be \(B, 16, 16\), got \(2, 1, 16\)"):
+        pipeline(embeddings(2))
+
+
+def test_large_latents_are_decoded_in_tiles(pipeline, monkeypatch):
+    calls = []
+    for name in ("decode", "decode_tiled"):
+        monkeypatch.setattr(pipeline.vae, name, lambda z, name=name: calls.append(name) or torch.zeros(1, 3, 8, 8))
+    for side in (64, 66):
+        pipeline.decode(torch.zeros(1, 16, 8, side))
+    assert calls == ["decode", "decode_tiled"]
+
+
+# LoRA
+
+def test_lora_scale_zero_and_disabled_are_the_base(pipeline, lora_file):
+    base = latents_of(pipeline)
+    assert not pipeline.has_lora
+    header = pipeline.load_lora_weights(lora_file)
+    assert pipeline.has_lora and header["base_hash"] == pipeline.base_hash
+    adapted = latents_of(pipeline)
+    assert (adapted - base).abs().max() > 0.01
+    with lora_disabled(pipeline.transformer):
+        assert torch.equal(latents_of(pipeline), base)
+    pipeline.set_lora_scale(0.0)
+    assert torch.equal(latents_of(pipeline), base)
+    pipeline.set_lora_scale(1.0)
+    assert torch.equal(latents_of(pipeline), adapted)
+
+
+@pytest.mark.parametrize("scale", [1.0, -0.5])
+def test_fused_lora_equals_active_lora_and_comes_out_bit_for_bit(tiny_base, lora_file, scale):
+    active, fused = loaded(tiny_base), loaded(tiny_base)
+    before = {name: tensor.clone() for name, tensor in fused.transformer.state_dict().items()}
+    active.load_lora_weights(lora_file, scale)
+    fused.load_lora_weights(lora_file, scale, fuse=True)
+    assert all(layer.merged for layer in lora_layers(fused.transformer).values())
+    torch.testing.assert_close(latents_of(fused, num_inference_steps=10), latents_of(active, num_inference_steps=10),
+                               atol=FUSED, rtol=0)
+    with pytest.raises(ValueError, match="LoRA is merged"):
+        fused.set_lora_scale(0.5)
+    fused.unfuse_lora()
+    after = {name.replace(".base.", "."): tensor for name, tensor in fused.transformer.state_dict().items()}
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert torch.equal(latents_of(fused), latents_of(active))
+
+
+def test_lora_of_another_base_is_refused(tmp_path, tiny_base, lora_file):
+    other = loaded(write_base(tmp_path / "other", seed=1))
+    before = latents_of(other)
+    with pytest.raises(ValueError, match=f"LoRA of base .*the loaded base is {other.base_hash}"):
+        other.load_lora_weights(lora_file)
+    assert not other.has_lora and torch.equal(latents_of(other), before)
+
+
+def test_a_second_lora_is_refused(pipeline, lora_file):
+    pipeline.load_lora_weights(lora_file)
+    with pytest.raises(ValueError, match="remove_lora"):
+        pipeline.load_lora_weights(lora_file)
+    assert pipeline.has_lora
+
+
+def test_scale_and_fusing_need_a_lora(pipeline):
+    for call in (pipeline.fuse_lora, pipeline.unfuse_lora, lambda: pipeline.set_lora_scale(1.0)):
+        with pytest.raises(ValueError, match="no LoRA layer"):
+            call()
+
+
+# Refusals
+
+@pytest.mark.parametrize("embedding, message", [
+    (torch.zeros(1, 1, 15), r"must be \(B, 1, 16\), got \(1, 1, 15\)"), (torch.zeros(3, 16), r"got \(3, 16\)"),
+    (torch.zeros(1, 2, 16), r"got \(1, 2, 16\)"), (torch.zeros(1, 1, 1, 16), r"got \(1, 1, 1, 16\)"),
+    (torch.tensor(1.0), r"got \(\)"), (torch.zeros(0), r"got \(0,\)"), 
+    (torch.full((1, 1, 16), float("nan")), "NaN or infinity"),
+    (torch.full((1, 1, 16), float("inf")), "NaN or infinity"),
+])
+def test_wrong_embeddings_are_refused(pipeline, embedding, message):
+    with pytest.raises(ValueError, match=message) as error:
+        pipeline(embedding)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("options, message", [
+    ({"num_inference_steps": 0}, "num_inference_steps is 0, expected 1 to 1000"),
+    ({"num_inference_steps": 1001}, "num_inference_steps is 1001"), ({"num_inference_steps": -1}, "is -1"),
+    ({"num_inference_steps": 2.5}, "is 2.5"), ({"scheduler": "plms"}, "scheduler is 'plms', expected one of ddim"),
+    ({"eta": 1.5}, "eta is 1.5"), ({"seed": [1, 2]}, "2 seeds for 1 embeddings"), ({"seed": []}, "0 seeds for 1"),
+    ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
+    ({"guidance_scale": float("inf")}, "guidance_scale is inf"),
+])
+def test_wrong_options_are_refused_before_anything_is_drawn(pipeline, monkeypatch, options, message):
+    for part in (pipeline.transformer, pipeline.vae):
+        monkeypatch.setattr(part, "forward", None)
+    for name in SCHEDULER_NAMES if "num_inference_steps" in options else ("ddim",):
+        with pytest.raises(ValueError, match=message) as error:
+            pipeline(embeddings(), **{"scheduler": name, **options})
+        assert "\n" not in str(error.value)
+
+
+def test_an_image_that_is_not_finite_is_refused(pipeline):
+    with pytest.raises(ValueError, match="decoded image is not finite"):
+        pipeline.decode(torch.full((1, 16, 2, 2), float("nan")))
+
+
+def test_pixels_are_rounded_and_clamped(pipeline, monkeypatch):
+    levels = torch.tensor([-3.0, -1, 0.6 / 127.5 - 1, 0.4 / 127.5 - 1, 1, 3])
+    monkeypatch.setattr(pipeline.vae, "decode", lambda z: levels.expand(1, 3, 1, 6))
+    assert np.asarray(pipeline.decode(torch.zeros(1, 16, 1, 1)))[0, :, 0].tolist() == [0, 0, 1, 0, 255, 255]
+
+
+def test_the_encoder_is_loaded_once_and_late(tiny_base, pipeline):
+    calls = []
+    lazy = PixCellPipeline(pipeline.transformer, pipeline.vae, lambda: calls.append(1) or load_encoder(tiny_base),
+                           pipeline.schedule, base_hash="", device="cpu")
+    assert not calls
+    assert lazy.encoder is lazy.encoder and calls == [1]
