@@ -1,0 +1,88 @@
+"""Measure the README's first command on this machine and write the figures the README quotes.
+
+    python benchmarks/first_run.py --out benchmarks/results/first_run.json
+    python benchmarks/first_run.py --data ../shared/data/target_nct --out benchmarks/results/first_run_nct.json
+
+Times are those of one run on a machine that may be shared; they are figures, not promises.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from pixcell_min.base import load_pixcell_base  # noqa: E402
+from pixcell_min.checkpoint import write_text  # noqa: E402
+from pixcell_min.data import find_tiles, fit_tile, image_to_tensor, read_tile, tensor_to_image  # noqa: E402
+
+
+def machine() -> dict:
+    """What the figures were measured on."""
+    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
+               platform.processor()) if os.path.exists("/proc/cpuinfo") else platform.processor()
+    return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "python": platform.python_version(),
+            "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            **{name: version(name) for name in ("torch", "timm", "safetensors", "numpy", "pillow")}}
+
+
+def psnr(tiles, pipeline) -> float:
+    """PSNR in dB of the VAE round trip over tiles, from the mean squared error of all."""
+    errors = []
+    for tile in tiles:
+        image = fit_tile(read_tile(tile.path), 256, "resize")
+        with torch.no_grad():
+            rebuilt = pipeline.vae.decode(pipeline.vae.encode(image_to_tensor(image)[None])[0])[0]
+        errors.append(np.mean((np.asarray(tensor_to_image(rebuilt), float) - np.asarray(image, float)) ** 2))
+    return 10 * math.log10(255**2 / np.mean(errors))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", type=Path, help="as in train.py; default: its procedural tiles")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as work:
+        command = [sys.executable, ROOT / "train.py", "--rank", "8", "--alpha", "16", "--out", f"{work}/run", "--cache",
+                   f"{work}/cache", *(["--data", args.data] if args.data else [])]
+        began = time.monotonic()
+        printed = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+        train_seconds = time.monotonic() - began
+        lines = [json.loads(line) for line in open(f"{work}/run/metrics.jsonl")]
+        clock = [line["seconds"] for line in lines if "loss" in line]
+        tiles = find_tiles(args.data or next(Path(work, "cache").glob("procedural*")))
+        pipeline, image_seconds = load_pixcell_base(), []
+        embedding = pipeline.encoder(fit_tile(read_tile(tiles[0].path), 256, "resize"))
+        for _ in range(3):
+            began = time.monotonic()
+            pipeline(embedding, num_inference_steps=50)
+            image_seconds.append(time.monotonic() - began)
+        result = {
+            "machine": machine(), "tiles": len(tiles), "printed": printed.strip().splitlines(),
+            "precision": str(pipeline.dtype or "float32"), "wall_seconds_of_train_py": round(train_seconds, 1),
+            "seconds_per_optimizer_step": round(statistics.median(np.diff(clock)), 3),
+            "seconds_per_image_50_steps_ddim_guided": round(statistics.median(image_seconds), 2),
+            "validation_loss": {line["step"]: line["validation_loss"] for line in lines if "validation_loss" in line},
+            "vae_round_trip_psnr_db": round(psnr(tiles, pipeline), 2),
+            "file_bytes": {name: os.path.getsize(f"{work}/run/{name}") for name in
+                           ("lora_weights.safetensors", "adapter.safetensors")},
+        }
+    write_text(args.out, json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""tools/pretrain: its augmentations, exact resuming, and a miniature base from start to end."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from pixcell_min.base import load_pixcell_base
+from pixcell_min.checkpoint import load_object
+from pixcell_min.tools import pretrain
+from pixcell_min.tools.synthetic import render_tile
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_dihedral_elements_are_the_eight_symmetries():
+    image = torch.arange(9).view(3, 3)
+    turned = {tuple(pretrain.dihedral(image, element).flatten().tolist()) for element in range(8)}
+    assert len(turned) == 8
+    assert torch.equal(pretrain.dihedral(image, 0), image)
+
+
+def test_stain_jitter_changes_colour_but_not_where_things_are():
+    tile = pretrain.to_uint8(render_tile(3, "TUM")).float()[None] / 255
+    jittered = pretrain.stain_jitter(tile, generator())
+    assert jittered.shape == tile.shape and jittered.min() >= 0 and jittered.max() <= 1
+    means = (jittered - tile).mean(dim=(0, 2, 3))
+    assert means.abs().max() > 0.02  # a visible change of colour
+    grey = torch.stack([tile.mean(1).flatten(), jittered.mean(1).flatten()])
+    assert torch.corrcoef(grey)[0, 1] > 0.9  # dark stays dark
+    assert not torch.equal(jittered, pretrain.stain_jitter(tile, generator(1)))
+    assert torch.equal(jittered, pretrain.stain_jitter(tile, generator()))
+
+
+def test_random_crops_are_windows_of_their_tile():
+    tiles = torch.arange(2 * 3 * 16 * 16).view(2, 3, 16, 16).to(torch.float32)
+    crops = pretrain.random_crops(tiles, 20, 8, generator())
+    assert crops.shape == (20, 3, 8, 8)
+    assert all(torch.isin(crop, tiles).all() for crop in crops)
+    assert torch.equal(crops, pretrain.random_crops(tiles, 20, 8, generator()))
+
+
+@pytest.mark.parametrize("step, factor", [(0, 1 / 50), (49, 1.0), (699, 1.0), (850, 0.5), (1000, 0.0)])
+def test_rate_rises_stays_and_falls(step, factor):
+    assert pretrain.rate_factor(step, 1000) == pytest.approx(factor)
+
+
+def test_matrices_go_to_muon_and_all_other_weights_to_adamw(tmp_path):
+    module = torch.nn.ModuleDict({"inner": torch.nn.Conv2d(4, 4, 3), "conv_in": torch.nn.Conv2d(3, 4, 3)})
+    trainer = pretrain.Trainer({"m": module}, 1e-3, tmp_path / "state.pt")
+    assert [view.shape for view in trainer.views] == [(4, 36)]
+    assert len(trainer.optimizers[0].param_groups[0]["params"]) == 3  # two biases and the first layer's weight
+    before = [p.detach().clone() for p in module.parameters()]
+    trainer.update(sum(p.square().sum() for p in module.parameters()), 100)
+    assert all(not torch.equal(a, b) for a, b in zip(before, module.parameters()))  # the views share memory
+
+
+def test_a_resumed_stage_equals_an_uninterrupted_one(tmp_path):
+    def run(path, totals):
+        for total in totals:
+            module = torch.nn.Linear(4, 4)
+            trainer = pretrain.Trainer({"m": module}, 1e-2, path)
+            if not path.exists():
+                torch.nn.init.eye_(module.weight), torch.nn.init.zeros_(module.bias)
+                trainer.ema = {name: p.detach().clone() for name, p in trainer.parameters.items()}
+            while trainer.step < total:  # the schedule's length stays 6
+                x = torch.randn(8, 4, generator=pretrain.generator_for(0, trainer.step))
+                trainer.update(module(x).square().mean(), 6)
+            trainer.save()
+        return load_object(path)
+
+    whole, resumed = run(tmp_path / "a.pt", [6]), run(tmp_path / "b.pt", [3, 6])
+    for kind in ("parameters", "ema"):
+        for name in whole[kind]:
+            assert torch.equal(whole[kind][name], resumed[kind][name]), (kind, name)
+
+
+def test_a_miniature_base_is_made_and_loads_like_any_other(tmp_path, monkeypatch, capsys):
+    from conftest import TINY_ENCODER
+    monkeypatch.setattr(pretrain, "NANO_VAE", dataclasses.replace(
+        pretrain.NANO_VAE, block_out_channels=(8, 8, 8, 8), norm_num_groups=4))
+    monkeypatch.setattr(pretrain, "NANO_ENCODER", {**TINY_ENCODER, "img_size": 56})
+    monkeypatch.setattr(pretrain, "NANO_TRANSFORMER", dataclasses.replace(
+        pretrain.NANO_TRANSFORMER, num_layers=1, num_attention_heads=2, attention_head_dim=8, caption_channels=16))
+    for name in ("VAE_BATCH", "BATCH_128", "BATCH_256"):
+        monkeypatch.setattr(pretrain, name, 2)
+    flags = ["--out", str(tmp_path / "base"), "--work", str(tmp_path / "work"), "--procedural", "3", "--vae-steps", "2",
+             "--half-steps", "2", "--steps", "2", "--no-bf16"]
+    assert pretrain.main(flags) == 0
+    pipeline = load_pixcell_base(tmp_path / "base", "cpu", "no")
+    image = pipeline(pipeline.encoder(render_tile(1)), num_inference_steps=2).images[0]
+    assert image.size == (256, 256)
+    assert pretrain.main(flags) == 0  # again: continues at the end, writes the same
+    assert "continuing at step 4" in capsys.readouterr().out
+
+
+def test_missing_images_are_one_line(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert pretrain.main(["--out", str(tmp_path / "b"), "--work", str(tmp_path / "w"), "--procedural", "1",
+                          "--open-tiles", str(tmp_path / "empty")]) == 2
+    assert capsys.readouterr().err.rstrip().endswith("expected .png, .jpg or .tif files")
