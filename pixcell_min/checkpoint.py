@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import pickle
+import struct
 import tempfile
 from pathlib import Path
 
@@ -18,6 +19,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 PICKLE_SUFFIXES = (".bin", ".pth", ".pt")
+# All that torch.load was seen to raise when files were cut or their bytes flipped.
+BROKEN_PICKLE = (pickle.UnpicklingError, struct.error, AssertionError, AttributeError, EOFError, LookupError, OSError,
+                 RuntimeError, TypeError, ValueError)
 MAX_NAMED_KEYS = 3  # an error line names this many keys of each kind and counts the rest
 
 
@@ -65,8 +69,7 @@ def _read_safetensors(path):
 def _read_pickle(path):
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError,
-            AttributeError, TypeError) as error:
+    except BROKEN_PICKLE as error:
         # torch's own text runs over many lines and suggests weights_only=False: never repeat that advice.
         cause = "pickled code" if "Unsupported" in str(error) or "weights_only" in str(error) else "broken"
         raise ValueError(f"{path}: refused, not a plain file of tensors ({cause}); expected weights only") from None
@@ -139,8 +142,7 @@ def load_object(path) -> dict:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; nothing to resume from") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError,
-            AttributeError, TypeError):
+    except BROKEN_PICKLE:
         raise ValueError(f"{path}: truncated or not a saved run state; it cannot be resumed") from None
 
 

@@ -261,6 +261,7 @@ class OneLineParser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message):
+        """Print one line and leave with exit code 2."""
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 

@@ -229,7 +229,7 @@ def encode_tiles(images, vae, encoder, batch_size: int, device="cpu", dihedral: 
     turns = DIHEDRAL if dihedral else (None,)
     stream = (im if turn is None else im.transpose(turn) for im in images for turn in turns)
     parts = []
-    with torch.no_grad():  # not inference_mode, whose tensors cannot be saved for a backward pass
+    with torch.no_grad():
         while batch := list(islice(stream, batch_size)):
             pixels = torch.stack([image_to_tensor(image) for image in batch])
             mean, logvar = vae.encode(pixels.to(device))

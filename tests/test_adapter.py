@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from pixcell_min.adapter import EmbeddingAdapter, load_adapter, save_adapter
-from pixcell_min.checkpoint import read_tensors
+from pixcell_min.checkpoint import read_tensors, save_tensors
 
 FLOAT32_ROUNDING = 1e-6  # of the largest value
 EMBEDDING = 24
@@ -235,7 +235,6 @@ def test_files_of_something_else_are_refused(change, words, ending, tmp_path):
     state = trained().state_dict()
     change(state)
     path = tmp_path / f"adapter.{ending}"
-    from pixcell_min.checkpoint import save_tensors
     save_tensors(path, state)
     refuse(path, *words)
 

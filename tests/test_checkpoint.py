@@ -102,6 +102,21 @@ def test_old_pickles_of_tensors_are_read_and_refused_when_cut(tmp_path):
         refusal(read_tensors, path)
 
 
+def test_flipped_bytes_are_refused_in_one_line_or_harmless(tmp_path):
+    path, random = tmp_path / "old.bin", torch.Generator().manual_seed(0)
+    torch.save(TENSORS, path, _use_new_zipfile_serialization=False)
+    content, refused = path.read_bytes(), 0
+    for _ in range(150):
+        at, value = (torch.randint(n, (), generator=random).item() for n in (len(content), 256))
+        path.write_bytes(content[:at] + bytes([value]) + content[at + 1:])
+        try:
+            read_tensors(path)
+        except ValueError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused > 50
+
+
 def test_missing_files_folders_and_unknown_endings(tmp_path):
     assert "no such file" in refusal(read_tensors, tmp_path / "none.safetensors")
     (tmp_path / "folder.pth").mkdir()

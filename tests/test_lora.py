@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from pixcell_min.checkpoint import read_tensors
 from pixcell_min.lora import (
     DEFAULT_TARGETS, PEFT_PREFIX, LoRALinear, count_parameters, disable_lora, enable_lora, inject_lora,
     load_lora, load_lora_state_dict, lora_disabled, lora_layers, lora_parameters, lora_state_dict, merge_lora,
@@ -635,10 +636,8 @@ def test_wrong_file_is_refused_and_the_network_untouched(case, tmp_path):
 def write_spoiled(net, folder, spoil, header=None):
     path = folder / "lora_weights.safetensors"
     save_lora(net, path)
-    from safetensors import safe_open
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-    state = {key.removeprefix(PEFT_PREFIX): value for key, value in load_file(path).items()}
+    tensors, metadata = read_tensors(path)
+    state = {key.removeprefix(PEFT_PREFIX): value for key, value in tensors.items()}
     spoil(state)
     state = {PEFT_PREFIX + key: value.contiguous() for key, value in state.items()}
     save_file(state, path, metadata=metadata if header is None else header(metadata))
@@ -693,7 +692,6 @@ def test_wrong_alpha_in_the_header_is_refused(value, tmp_path):
 def test_another_prefix_is_refused(prefix, tmp_path):
     net, _ = make()
     save_lora(net, tmp_path / "a.safetensors")
-    from pixcell_min.checkpoint import read_tensors
     tensors, metadata = read_tensors(tmp_path / "a.safetensors")
     save_file({prefix + key.removeprefix(PEFT_PREFIX): t for key, t in tensors.items()}, tmp_path / "b.safetensors",
               metadata=metadata)
@@ -741,7 +739,6 @@ def test_file_round_trip(options, tmp_path):
 def test_file_layout(tmp_path):
     net, _ = make(alpha=16, rank_pattern={"blocks.0.attn1.to_q": 2})
     save_lora(net, tmp_path / "lora_weights.safetensors", {"base_hash": "abc"})
-    from pixcell_min.checkpoint import read_tensors
     tensors, metadata = read_tensors(tmp_path / "lora_weights.safetensors")
     assert set(tensors) == {f"base_model.model.{name}.lora_{part}.weight" for name in names() for part in "AB"}
     assert all(tensor.dtype == torch.float32 for tensor in tensors.values())

@@ -10,7 +10,9 @@ from pixcell_min.base import load_pixcell_base
 from pixcell_min.pipeline import denoise
 from pixcell_min.schedulers import build_scheduler
 
-LOOP = 1e-4  # float32 latents of order 1 to 100 (the tiny network is no denoiser), ten steps of differing rounding
+# Of the largest value: ten steps, rounded at other places, in float32. A random network is no denoiser: each step
+# divides what it got wrong by √ᾱ, and latents reach hundreds.
+LOOP = 3e-6
 BETAS = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
 REFERENCES = {
     "ddim": (DDIMScheduler, {"clip_sample": False, "timestep_spacing": "leading"}),
@@ -45,5 +47,5 @@ def test_same_latents_as_a_loop_over_diffusers(tiny_base, name, eta, guidance_sc
                    num_inference_steps=10, guidance_scale=guidance_scale)
     kind, options = REFERENCES[name]
     theirs = by_hand(pipeline.transformer, kind(**BETAS, **options), condition, generators[1], 10, guidance_scale, eta)
-    torch.testing.assert_close(ours, theirs, atol=LOOP, rtol=0)
+    assert (ours - theirs).abs().max() < LOOP * theirs.abs().max()
     assert torch.equal(generators[0].get_state(), generators[1].get_state())  # the same number of draws

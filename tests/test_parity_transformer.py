@@ -71,11 +71,12 @@ def test_same_output_as_pixart(tokens, sample_size, interpolation_scale, size):
 def test_same_gradients_as_pixart():
     ours, theirs = twins(4, 8, 0.5)
     latents, embeddings, timesteps = torch.randn(2, 16, 8, 8), torch.randn(2, 4, 20), torch.tensor([10, 700])
-    ours(latents, timesteps, embeddings).square().mean().backward()
-    theirs(latents, embeddings + ours.y_pos_embed.y_pos_embed, timestep=timesteps).sample.square().mean().backward()
+    ours(latents, timesteps, embeddings).square().sum().backward()
+    theirs(latents, embeddings + ours.y_pos_embed.y_pos_embed, timestep=timesteps).sample.square().sum().backward()
     expected = dict(theirs.named_parameters())
     for name, parameter in ours.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected[name].grad, atol=TWIN, rtol=0, msg=name)
+        gradient = expected[name].grad
+        assert (parameter.grad - gradient).abs().max() < TWIN * gradient.abs().max(), name
 
 
 def tensor_list(name):

@@ -101,3 +101,16 @@ def test_missing_images_are_one_line(tmp_path, capsys):
     assert pretrain.main(["--out", str(tmp_path / "b"), "--work", str(tmp_path / "w"), "--procedural", "1",
                           "--open-tiles", str(tmp_path / "empty")]) == 2
     assert capsys.readouterr().err.rstrip().endswith("expected .png, .jpg or .tif files")
+
+
+def test_window_patch_embedding_is_a_part_of_the_whole_tiles():
+    config = pretrain.NANO_TRANSFORMER
+    whole = pretrain.PatchEmbed(config, 16)
+    window = pretrain.WindowPatchEmbed(config, 16)
+    window.load_state_dict(whole.state_dict())
+    latents = torch.randn(1, 16, 32, 32, generator=generator())
+    full = whole(latents).view(1, 16, 16, 16)
+    torch.testing.assert_close(window(latents).view(1, 16, 16, 16), full, rtol=0, atol=1e-6)
+    window.origin = (3, 5)
+    part = window(latents[:, :, 6:22, 10:26]).view(1, 8, 8, 16)
+    torch.testing.assert_close(part, full[:, 3:11, 5:13], rtol=0, atol=1e-6)

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from PIL import Image
 from tqdm import tqdm
 
@@ -25,7 +26,7 @@ from pixcell_min import checkpoint
 from pixcell_min.data import find_tiles, image_to_tensor, read_tile, tensor_to_image
 from pixcell_min.schedulers import NoiseSchedule
 from pixcell_min.tools.synthetic import FIRST, render_tile
-from pixcell_min.transformer import PixCellTransformer, TransformerConfig
+from pixcell_min.transformer import PatchEmbed, PixCellTransformer, TransformerConfig, sincos_grid
 from pixcell_min.uni import IMAGENET_MEAN, IMAGENET_STD, TileEncoder
 from pixcell_min.vae import AutoencoderKL, VAEConfig, sample_posterior
 
@@ -285,6 +286,23 @@ def initialise(transformer):
         torch.nn.init.zeros_(block.attn2.to_out[0].weight)
 
 
+class WindowPatchEmbed(PatchEmbed):
+    """Patch embedding of a window of the full grid: tokens keep the positions they have in the whole tile.
+
+    The released rule would stretch a small grid over the whole range, and what half tiles taught about neighbours
+    would be wrong for whole ones.
+    """
+
+    origin = (0, 0)  # row and column of the window's first token
+
+    def forward(self, latents):
+        """latents (B, C, h, w) → (B, N, D); for a whole tile at origin (0, 0) the same as PatchEmbed."""
+        patches, base = self.proj(latents), self.base_size
+        code = sincos_grid(base, base, patches.shape[1], base, self.interpolation_scale).float().view(base, base, -1)
+        (top, left), (height, width) = self.origin, patches.shape[2:]
+        return rearrange(patches, "b d h w -> b (h w) d") + code[top:top + height, left:left + width].flatten(0, 1)
+
+
 def train_transformer(args, work, tiles, latents):
     """Joint stage: the encoder learns what the denoiser needs; half tiles (128 px) first, whole tiles after."""
     torch.manual_seed(args.seed)
@@ -295,6 +313,9 @@ def train_transformer(args, work, tiles, latents):
             args.start_from / "transformer").state_dict(), args.start_from)
         checkpoint.load_strict(encoder, TileEncoder.from_pretrained(args.start_from / "uni").state_dict(),
                                args.start_from)
+    window = WindowPatchEmbed(NANO_TRANSFORMER, transformer.proj_out.in_features)
+    window.proj = transformer.pos_embed.proj
+    transformer.pos_embed = window
     schedule, C = NoiseSchedule.linear(), NANO_TRANSFORMER.in_channels
     trainer = Trainer({"transformer": transformer, "encoder": encoder}, args.learning_rate, work / "joint.pt")
     total = args.half_steps + args.steps
@@ -303,11 +324,11 @@ def train_transformer(args, work, tiles, latents):
         half = trainer.step < args.half_steps
         batch, side = (BATCH_128, 16) if half else (BATCH_256, 32)
         rows = torch.randint(len(tiles), (batch,), generator=generator)
-        tops, lefts = torch.randint(33 - side, (2, batch), generator=generator)
-        windows = [(slice(t, t + side), slice(l, l + side)) for t, l in zip(tops.tolist(), lefts.tolist())]
-        x0 = torch.stack([latents[i][:, r, c] for i, (r, c) in zip(rows, windows)]).float()
-        seen = torch.stack([tiles[i][:, r.start * 8:r.stop * 8, c.start * 8:c.stop * 8]
-                            for i, (r, c) in zip(rows, windows)]).float() / 255
+        top, left = (2 * torch.randint(17 - side // 2, (2,), generator=generator)).tolist()  # in latent cells
+        window.origin = (top // 2, left // 2)
+        x0 = latents[rows, :, top:top + side, left:left + side].float()
+        pixels = [slice(8 * start, 8 * (start + side)) for start in (top, left)]
+        seen = torch.stack([tiles[i][:, pixels[0], pixels[1]] for i in rows]).float() / 255
         seen = F.interpolate(seen, NANO_ENCODER["img_size"] * side // 32, mode="bilinear", antialias=True)
         seen = stain_jitter(seen, generator)
         elements = torch.randint(8, (batch,), generator=generator)
