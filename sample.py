@@ -1,7 +1,7 @@
 """The story of an image: tile → embedding → adapter → guided denoising → PNG.
 
-    python sample.py --image tile.png --run runs/lora --compare
-    python sample.py --image tiles/ --lora lora_weights.safetensors --adapter adapter.pth --scheduler euler_ancestral
+    python sample.py --image tile.png --run runs/lora --compare --scheduler euler_ancestral
+    python sample.py --image tiles/ --lora lora_weights.safetensors --adapter adapter.pth
 """
 
 import sys
@@ -12,8 +12,8 @@ from tqdm import tqdm
 from pixcell_min.adapter import load_adapter
 from pixcell_min.base import load_pixcell_base
 from pixcell_min.checkpoint import file_hash
-from pixcell_min.config import (DEVICE, OneLineParser, nonnegative_float, number, integer, one_of, positive_int,
-                                read_yaml)
+from pixcell_min.config import (DEVICE, OneLineParser, nonnegative_float, number, integer, one_of,
+                                positive_int, read_yaml)
 from pixcell_min.data import find_tiles, fit_tile, read_tile
 from pixcell_min.images import image_grid, save_png
 from pixcell_min.lora import lora_disabled
@@ -23,25 +23,38 @@ from pixcell_min.schedulers import SCHEDULER_NAMES
 
 def parse_sample(argv=None):
     """Command line → options. Raises: SystemExit(2) after one line for a wrong flag or value."""
-    parser = OneLineParser(prog="sample.py", description="Draw tiles that look like the given ones.")
-    parser.add_argument("--image", nargs="+", required=True, type=Path, help="tile, several tiles, or a folder of tiles")
+    parser = OneLineParser(prog="sample.py",
+                           description="Draw tiles that look like the given ones.")
+    parser.add_argument("--image", nargs="+", required=True, type=Path,
+                        help="tile, several tiles, or a folder of tiles")
     parser.add_argument("--base", help="base folder; default: the run's, else weights/pixcell-nano")
-    parser.add_argument("--run", type=Path, help="run folder of train.py: its LoRA, adapter and base")
+    parser.add_argument("--run", type=Path,
+                        help="run folder of train.py: its LoRA, adapter and base")
     parser.add_argument("--lora", type=Path, help="LoRA file, instead of the run's")
-    parser.add_argument("--adapter", type=Path, help="adapter file (.safetensors, .pth), instead of the run's")
-    parser.add_argument("--lora-scale", type=number(-10, 10), default=1.0, help="1: as trained, 0: off [factor, -10 to 10]")
-    parser.add_argument("--fuse-lora", action="store_true", help="merge LoRA into the weights: faster, equal up to rounding")
+    parser.add_argument("--adapter", type=Path,
+                        help="adapter file (.safetensors, .pth), instead of the run's")
+    parser.add_argument("--lora-scale", type=number(-10, 10), default=1.0,
+                        help="1: as trained, 0: off [factor, -10 to 10]")
+    parser.add_argument("--fuse-lora", action="store_true",
+                        help="merge LoRA into the weights: faster, equal up to rounding")
     parser.add_argument("--scheduler", choices=SCHEDULER_NAMES, default="ddim", help="default ddim")
-    parser.add_argument("--steps", type=integer(1, 1000), default=50, help="denoising steps, 1 to 1000; default 50")
-    parser.add_argument("--eta", type=number(0, 1), default=0.0, help="noise of ddim, 0: deterministic, 1: as ddpm")
+    parser.add_argument("--steps", type=integer(1, 1000), default=50,
+                        help="denoising steps, 1 to 1000; default 50")
+    parser.add_argument("--eta", type=number(0, 1), default=0.0,
+                        help="noise of ddim, 0: deterministic, 1: as ddpm")
     parser.add_argument("--guidance-scale", type=nonnegative_float, default=GUIDANCE_SCALE,
                         help=f"1: none [factor]; default {GUIDANCE_SCALE}")
-    parser.add_argument("--seed", type=integer(0, 2**62), default=0, help="of the first image; the next ones count up")
+    parser.add_argument("--seed", type=integer(0, 2**62), default=0,
+                        help="of the first image; the next ones count up")
     parser.add_argument("--num-images", type=positive_int, default=1, help="images per tile")
-    parser.add_argument("--compare", action="store_true", help="also write real | base | adapted side by side")
-    parser.add_argument("--tile-fit", type=one_of("resize", "pad"), help="tiles of another size; default: the run's, else resize")
-    parser.add_argument("--mixed-precision", type=one_of("auto", "no", "fp16", "bf16"), default="auto", help="as in train.py")
-    parser.add_argument("--device", type=DEVICE, default="auto", help="auto: cuda where there is one, else cpu")
+    parser.add_argument("--compare", action="store_true",
+                        help="also write real | base | adapted side by side")
+    parser.add_argument("--tile-fit", type=one_of("resize", "pad"),
+                        help="tiles of another size; default: the run's, else resize")
+    parser.add_argument("--mixed-precision", type=one_of("auto", "no", "fp16", "bf16"),
+                        default="auto", help="as in train.py")
+    parser.add_argument("--device", type=DEVICE, default="auto",
+                        help="auto: cuda where there is one, else cpu")
     parser.add_argument("--out", type=Path, default=Path("samples"), help="folder to write to")
     return parser.parse_args(argv)
 
@@ -64,7 +77,8 @@ def sample(options) -> None:
     """Draw and write all images. Raises: ValueError for whatever the caller can mend."""
     run_settings = read_run(options)
     tiles = output_names(options.image)
-    pipeline = load_pixcell_base(options.base or run_settings.get("base"), options.device, options.mixed_precision)
+    pipeline = load_pixcell_base(options.base or run_settings.get("base"), options.device,
+                                 options.mixed_precision)
     adapter = None
     if options.adapter:
         adapter = load_adapter(options.adapter, pipeline.base_hash).to(pipeline.device)
@@ -74,33 +88,36 @@ def sample(options) -> None:
     fit = options.tile_fit or run_settings.get("tile_fit", "resize")
     settings = {"num_inference_steps": options.steps, "guidance_scale": options.guidance_scale,
                 "scheduler": options.scheduler, "eta": options.eta}
-    made_by = {**settings, "base_hash": pipeline.base_hash, "tile_fit": fit, "lora_scale": options.lora_scale,
-               "precision": str(pipeline.dtype or "float32"), "device": pipeline.device.type,
+    made_by = {**settings, "base_hash": pipeline.base_hash, "tile_fit": fit,
+               "lora_scale": options.lora_scale, "precision": str(pipeline.dtype or "float32"),
+               "device": pipeline.device.type,
                "lora_hash": file_hash(options.lora) if options.lora else None,
                "adapter_hash": file_hash(options.adapter) if options.adapter else None}
     seeds = [options.seed + i for i in range(options.num_images)]
 
     for path, name in tqdm(tiles.items(), "sampling", unit="tile", disable=len(tiles) == 1 or None):
         tile = fit_tile(read_tile(path), size, fit)
-        embedding = pipeline.encoder(tile)                                         # (1, S, E)
-        # Adapted before it is repeated: a matrix product over n rows may round otherwise than over one.
+        embedding = pipeline.encoder(tile)                                   # (1, S, E)
+        # Adapted before it is repeated: a matrix product over n rows may round otherwise than one.
         adapted = adapter(embedding) if adapter else embedding
         images = pipeline(adapted.expand(len(seeds), -1, -1), seed=seeds, **settings).images
         for image, seed in zip(images, seeds):
             target = options.out / f"{name}_seed{seed}.png"
-            save_png(target, image, {**made_by, "seed": seed, "tile": path.name, "tile_hash": file_hash(path)})
+            save_png(target, image, {**made_by, "seed": seed, "tile": path.name,
+                                     "tile_hash": file_hash(path)})
             tqdm.write(str(target))
         if options.compare:
             target = options.out / f"{name}_compare.png"
-            save_png(target, comparison(pipeline, tile, embedding, images, seeds, settings, options),
-                     {**made_by, "seeds": seeds, "tile": path.name, "tile_hash": file_hash(path)})
+            save_png(
+                target, comparison(pipeline, tile, embedding, images, seeds, settings, options),
+                {**made_by, "seeds": seeds, "tile": path.name, "tile_hash": file_hash(path)})
             tqdm.write(str(target))
 
 
 def comparison(pipeline, tile, embedding, images, seeds, settings, options):
-    """real | base | adapted, a row per seed; without LoRA and adapter the images are the base's: real | base."""
-    embedding = embedding.expand(len(seeds), -1, -1)                               # (n, S, E)
-    if not (options.lora or options.adapter):
+    """real | base | adapted, a row per seed; real | base without LoRA and adapter."""
+    embedding = embedding.expand(len(seeds), -1, -1)                         # (n, S, E)
+    if not (options.lora or options.adapter):  # then the images are the base's
         return image_grid([(tile, image) for image in images], ("real", "base"))
     if options.fuse_lora and options.lora:
         pipeline.unfuse_lora()
@@ -112,7 +129,7 @@ def comparison(pipeline, tile, embedding, images, seeds, settings, options):
 
 
 def read_run(options) -> dict:
-    """Fill in LoRA and adapter of --run where they are not given; returns the run's settings, {} without a run."""
+    """Fill in --run's LoRA and adapter where not given; → its settings, {} without a run."""
     if options.run is None:
         return {}
     settings = read_yaml(options.run / "config.yaml")
@@ -122,11 +139,12 @@ def read_run(options) -> dict:
 
 
 def output_names(inputs) -> dict[Path, str]:
-    """{tile path: name of its output without ending}; tiles in class folders keep these. Raises: ValueError."""
+    """{tile path: output name without ending}; class folders are kept. Raises: ValueError."""
     names = {}
     for entry in inputs:
         if entry.is_dir():
-            names |= {tile.path: str(tile.path.relative_to(entry).with_suffix("")) for tile in find_tiles(entry)}
+            names |= {tile.path: str(tile.path.relative_to(entry).with_suffix(""))
+                      for tile in find_tiles(entry)}
         elif entry.is_file():
             names[entry] = entry.stem
         else:
@@ -134,7 +152,8 @@ def output_names(inputs) -> dict[Path, str]:
     for path, name in names.items():
         twin = next((other for other, its in names.items() if its == name and other != path), None)
         if twin:
-            raise ValueError(f"{path} and {twin} would both be written as {name}; sample them into two --out folders")
+            raise ValueError(f"{path} and {twin} would both be written as {name}; "
+                             "sample them into two --out folders")
     return names
 
 

@@ -1,9 +1,10 @@
-"""The story of a run: adapt a frozen PixCell to a folder of tiles with LoRA and an embedding adapter.
+"""The story of a run: adapt a frozen PixCell to a folder of tiles with LoRA and an adapter.
 
     python train.py --rank 8 --alpha 16
-    python train.py --data NCT-CRC-HE-100K --base weights/pixcell-256 --out runs/nct --config config.yaml
+    python train.py --data tiles --base weights/pixcell-256 --out runs/nct --config config.yaml
 
-Without --data it trains on procedural tiles of a second "laboratory", whose stain the embedded base has never seen.
+Without --data it trains on procedural tiles of a second "laboratory", whose stain the embedded base
+has never seen.
 """
 
 import json
@@ -20,18 +21,19 @@ from pixcell_min import checkpoint
 from pixcell_min.adapter import EmbeddingAdapter, save_adapter
 from pixcell_min.base import features_hash, load_pixcell_base
 from pixcell_min.config import Config, parse_train, read_yaml, to_yaml
-from pixcell_min.data import batch_indices, cached_features, find_tiles, fit_tile, read_tile, split_tiles
+from pixcell_min.data import (batch_indices, cached_features, find_tiles, fit_tile, read_tile,
+                              split_tiles)
 from pixcell_min.images import image_grid, save_png
-from pixcell_min.lora import (count_parameters, inject_lora, load_lora_state_dict, lora_disabled, lora_parameters,
-                              lora_state_dict, save_lora)
+from pixcell_min.lora import (count_parameters, inject_lora, load_lora_state_dict, lora_disabled,
+                              lora_parameters, lora_state_dict, save_lora)
 from pixcell_min.tools.synthetic import SECOND, write_dataset
-from pixcell_min.training import (build_optimizer, build_scaler, diffusion_loss, draw_batch, generator_for,
-                                  optimizer_step, rate_factor, validation_loss)
+from pixcell_min.training import (build_optimizer, build_scaler, diffusion_loss, draw_batch,
+                                  generator_for, optimizer_step, rate_factor, validation_loss)
 
 PROCEDURAL_TILES = 108  # 12 of each tissue
 GRID_STEPS = 20  # of DPM-Solver++ 2M, for the sample grid
-STATE, LORA, ADAPTER, SETTINGS, METRICS = ("state.pt", "lora_weights.safetensors", "adapter.safetensors",
-                                           "config.yaml", "metrics.jsonl")
+STATE, LORA, ADAPTER, SETTINGS, METRICS = (
+    "state.pt", "lora_weights.safetensors", "adapter.safetensors", "config.yaml", "metrics.jsonl")
 # Settings that a resumed run may change: they touch neither a drawn number nor a weight.
 FREE_ON_RESUME = {"out", "cache", "save_every", "validate_every", "sample_count", "guidance_scale"}
 
@@ -41,7 +43,7 @@ def main(argv=None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         config, options = parse_train(argv)
-        if options.resume and options.config is None:  # its own settings, then the flags of this call
+        if options.resume and options.config is None:  # its own settings, then this call's flags
             require_state(Path(config.out))
             config, options = parse_train([*argv, "--config", str(Path(config.out) / SETTINGS)])
         if options.dry_run:
@@ -52,22 +54,23 @@ def main(argv=None) -> int:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"train.py: interrupted; go on from the last save: python train.py --resume --out {config.out}",
-              file=sys.stderr)
+        print("train.py: interrupted; go on from the last save: "
+              f"python train.py --resume --out {config.out}", file=sys.stderr)
         return 130
     return 0
 
 
 def train(config: Config, options) -> None:
-    """One run, from tiles on disk to a run folder. Raises: ValueError for whatever the caller can mend."""
+    """One run, from tiles to a run folder. Raises: ValueError for whatever the caller can mend."""
     run = Path(config.out)
     check_run_folder(run, config, options)
     pipeline = load_pixcell_base(config.base, config.device, config.mixed_precision)
     transformer, schedule, dtype = pipeline.transformer, pipeline.schedule, pipeline.dtype
     adapter = make_trainable(config, pipeline)
     training, validation = load_features(config, pipeline)
-    optimizer = build_optimizer(lora_parameters(transformer), adapter.parameters(), config.learning_rate,
-                                config.adapter_learning_rate, config.weight_decay)
+    optimizer = build_optimizer(
+        lora_parameters(transformer), adapter.parameters(), config.learning_rate,
+        config.adapter_learning_rate, config.weight_decay)
     scaler, start = build_scaler(pipeline.device, dtype), 0
     if options.resume:
         start = load_state(run, transformer, adapter, optimizer, scaler)
@@ -75,7 +78,8 @@ def train(config: Config, options) -> None:
         make_run_folder(run, config)
 
     def validate(step):
-        loss = validation_loss(transformer, adapter, schedule, validation, config.batch_size, config.seed, dtype)
+        loss = validation_loss(transformer, adapter, schedule, validation, config.batch_size,
+                               config.seed, dtype)
         log(run, {"step": step, "validation_loss": loss})
         tqdm.write(f"validation loss at step {step}: {loss:.5f}")
 
@@ -85,7 +89,8 @@ def train(config: Config, options) -> None:
     began = time.monotonic()
     with tqdm(total=config.max_train_steps, initial=start, desc="training", unit="step") as bar:
         for step in range(start, config.max_train_steps):
-            factor = rate_factor(step, config.warmup_steps, config.max_train_steps, config.lr_schedule)
+            factor = rate_factor(step, config.warmup_steps, config.max_train_steps,
+                                 config.lr_schedule)
             for group in optimizer.param_groups:
                 group["lr"] = factor * group["initial_lr"]
             report = optimizer_step(
@@ -93,10 +98,11 @@ def train(config: Config, options) -> None:
                 draw_micro_batches(config, training, schedule, step, pipeline.device),
                 optimizer, scaler, config.max_grad_norm)
             done, rates = step + 1, [group["lr"] for group in optimizer.param_groups]
-            log(run, {"step": done, "loss": report.loss, "grad_norm": report.grad_norm, "lora_rate": rates[0],
-                      "adapter_rate": rates[1], "skipped": report.skipped,
+            log(run, {"step": done, "loss": report.loss, "grad_norm": report.grad_norm,
+                      "lora_rate": rates[0], "adapter_rate": rates[1], "skipped": report.skipped,
                       "seconds": round(time.monotonic() - began, 3)})
-            bar.set_postfix(loss=f"{report.loss:.4f}", lora=f"{rates[0]:.1e}", adapter=f"{rates[1]:.1e}")
+            bar.set_postfix(loss=f"{report.loss:.4f}", lora=f"{rates[0]:.1e}",
+                            adapter=f"{rates[1]:.1e}")
             bar.update()
             if is_due(done, config.save_every) or done == config.max_train_steps:
                 save_state(run, done, config, pipeline, adapter, optimizer, scaler)
@@ -114,7 +120,7 @@ def require_state(run: Path) -> None:
 
 
 def check_run_folder(run: Path, config: Config, options) -> None:
-    """Refuse, before anything is loaded or deleted, what would lose or mix up runs. Raises: ValueError."""
+    """Before any loading or deleting, refuse to lose or mix up runs. Raises: ValueError."""
     if options.resume:
         require_state(run)
         then = Config(**read_yaml(run / SETTINGS))
@@ -125,56 +131,62 @@ def check_run_folder(run: Path, config: Config, options) -> None:
             raise ValueError(f"{run}: cannot resume with other settings: {'; '.join(changed)}")
     elif run.is_file() or (run.is_dir() and any(run.iterdir())):
         if not options.overwrite:
-            raise ValueError(f"{run}: exists; go on with --resume, replace it with --overwrite, or choose another --out")
+            raise ValueError(f"{run}: exists; go on with --resume, replace it with --overwrite, "
+                             "or choose another --out")
         if not (run / SETTINGS).is_file():
-            raise ValueError(f"{run}: holds no {SETTINGS}, so it is no run; --overwrite does not delete it")
+            raise ValueError(
+                f"{run}: holds no {SETTINGS}, so it is no run; --overwrite does not delete it")
 
 
 def make_run_folder(run: Path, config: Config) -> None:
-    """Delete the run that --overwrite replaces, only now that base and tiles are known to be good; write settings."""
+    """Write settings; --overwrite deletes only now, when base and tiles are known to be good."""
     if run.is_dir():
         shutil.rmtree(run)
     checkpoint.write_text(run / SETTINGS, to_yaml(config))
 
 
 def make_trainable(config: Config, pipeline) -> EmbeddingAdapter:
-    """Wrap the transformer with LoRA, build the adapter, print what is trainable. Raises: ValueError on bad targets."""
+    """Wrap with LoRA, make the adapter, say what is trainable. Raises: ValueError: bad targets."""
     transformer = pipeline.transformer
     inert = set(transformer.inert_layers()) if "attn2" in config.lora_attention else set()
-    inject_lora(transformer, config.lora_rank, config.lora_alpha, config.lora_target_modules, config.lora_attention,
-                config.lora_blocks, inert, config.lora_dropout, config.lora_init, config.use_rslora,
-                generator=generator_for(config.seed, "lora"))
-    adapter = EmbeddingAdapter(transformer.config.caption_channels, generator=generator_for(config.seed, "adapter"))
+    inject_lora(transformer, config.lora_rank, config.lora_alpha, config.lora_target_modules,
+                config.lora_attention, config.lora_blocks, inert, config.lora_dropout,
+                config.lora_init, config.use_rslora, generator=generator_for(config.seed, "lora"))
+    adapter = EmbeddingAdapter(transformer.config.caption_channels,
+                               generator=generator_for(config.seed, "adapter"))
     adapter.to(pipeline.device)
     transformer.gradient_checkpointing = config.gradient_checkpointing
     (lora, inside), (outside, _) = count_parameters(transformer), count_parameters(adapter)
     print(f"trainable: LoRA {lora:,} + adapter {outside:,} = {lora + outside:,} parameters, "
           f"{100 * (lora + outside) / (inside + outside):.2f} % of {inside + outside:,}")
     if inert:
-        print(f"not adapted: {len(inert)} query and key layers of cross-attention, which with one condition token "
-              "cannot change the image (softmax over one key is 1)")
-    print(f"device {pipeline.device}, autocast {pipeline.dtype or 'off'}, base {pipeline.base_hash[:12]}")
+        print(f"not adapted: {len(inert)} query and key layers of cross-attention, which with one "
+              "condition token cannot change the image (softmax over one key is 1)")
+    print(f"device {pipeline.device}, autocast {pipeline.dtype or 'off'}, "
+          f"base {pipeline.base_hash[:12]}")
     return adapter
 
 
 def load_features(config: Config, pipeline):
-    """Latents and embeddings of training and held-out tiles, from the cache where they are in it."""
+    """Latents and embeddings of training and held-out tiles, from the cache where it has them."""
     folder = Path(config.data) if config.data else procedural_tiles(config)
     training, validation = split_tiles(find_tiles(folder), config.validation_fraction, config.seed)
     size = pipeline.transformer.config.sample_size * pipeline.vae.downscale
     features, base_hash = [], features_hash(config.base)
     for tiles, dihedral in ((training, config.dihedral), (validation, False)):
         features.append(cached_features(
-            config.cache, tiles, pipeline.vae, lambda images: pipeline.encoder(images),  # loaded on a miss only
+            config.cache, tiles, pipeline.vae,
+            lambda images: pipeline.encoder(images),  # loaded on a miss only
             base_hash=base_hash, size=size, how=config.tile_fit, dihedral=dihedral,
             strict=config.strict_data, batch_size=config.batch_size, device=pipeline.device,
             report=lambda line: print(line, file=sys.stderr)))
-    print(f"tiles of {folder}: {len(features[0].tiles)} to train on, {len(features[1].tiles)} held out")
+    print(f"tiles of {folder}: {len(features[0].tiles)} to train on, "
+          f"{len(features[1].tiles)} held out")
     return features
 
 
 def procedural_tiles(config: Config) -> Path:
-    """Folder of the second laboratory's procedural tiles, drawn once; it appears only when it is complete."""
+    """Folder of the second laboratory's procedural tiles, drawn once; appears when complete."""
     folder = Path(config.cache) / f"procedural-second-{PROCEDURAL_TILES}"
     if not folder.exists():
         partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
@@ -190,7 +202,8 @@ def draw_micro_batches(config: Config, training, schedule, step: int, device):
         generator = generator_for(config.seed, "train", micro_step)
         torch.manual_seed(generator.initial_seed())  # LoRA dropout draws from the global generator
         index = batch_indices(len(training.tiles), config.batch_size, micro_step, config.seed)
-        yield draw_batch(training, index * training.variants, schedule, config.condition_dropout, generator).to(device)
+        yield draw_batch(training, index * training.variants, schedule, config.condition_dropout,
+                         generator).to(device)
 
 
 def is_due(step: int, every: int) -> bool:
@@ -210,12 +223,13 @@ def save_state(run, step, config, pipeline, adapter, optimizer, scaler) -> None:
     save_lora(pipeline.transformer, run / LORA, provenance)
     save_adapter(adapter, run / ADAPTER, provenance)
     checkpoint.save_object(run / STATE, {
-        "step": step, "lora": lora_state_dict(pipeline.transformer), "adapter": adapter.state_dict(),
-        "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()})
+        "step": step, "lora": lora_state_dict(pipeline.transformer),
+        "adapter": adapter.state_dict(), "optimizer": optimizer.state_dict(),
+        "scaler": scaler.state_dict()})
 
 
 def load_state(run, transformer, adapter, optimizer, scaler) -> int:
-    """Put a saved state back; returns the number of optimizer steps done. Raises: ValueError if it does not fit."""
+    """Put a saved state back; → optimizer steps done. Raises: ValueError if it does not fit."""
     state = checkpoint.load_object(run / STATE)
     load_lora_state_dict(transformer, state["lora"], run / STATE)
     checkpoint.load_strict(adapter, state["adapter"], run / STATE)
@@ -233,10 +247,11 @@ def trim_metrics(run: Path, step: int) -> None:
 
 
 def draw_grid(run, config, pipeline, adapter, validation) -> None:
-    """samples/grid.png: held-out tiles beside what base and adapted model draw from their embeddings."""
+    """samples/grid.png: held-out tiles beside what base and adapted model draw from them."""
     pipeline.transformer.eval(), adapter.eval()
     count = min(config.sample_count, len(validation.tiles))
-    chosen = [validation.tiles[i * len(validation.tiles) // count] for i in range(count)]  # spread over the classes
+    chosen = [validation.tiles[i * len(validation.tiles) // count]  # spread over the classes
+              for i in range(count)]
     embeddings = validation.embeddings[validation.rows(chosen)].to(pipeline.device)
     size = pipeline.transformer.config.sample_size * pipeline.vae.downscale
     settings = {"num_inference_steps": GRID_STEPS, "scheduler": "dpmpp_2m", "seed": config.seed,
@@ -247,7 +262,8 @@ def draw_grid(run, config, pipeline, adapter, validation) -> None:
             base = pipeline(embeddings, **settings).images
     real = [fit_tile(read_tile(tile.path), size, config.tile_fit) for tile in chosen]
     grid = image_grid(list(zip(real, base, adapted)), ("real, held out", "base", "adapted"))
-    save_png(run / "samples" / "grid.png", grid, {**settings, "tiles": [tile.path.name for tile in chosen]})
+    save_png(run / "samples" / "grid.png", grid,
+             {**settings, "tiles": [tile.path.name for tile in chosen]})
 
 
 if __name__ == "__main__":

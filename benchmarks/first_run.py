@@ -1,7 +1,7 @@
 """Measure the README's first command on this machine and write the figures the README quotes.
 
     python benchmarks/first_run.py --out benchmarks/results/first_run.json
-    python benchmarks/first_run.py --data ../shared/data/target_nct --out benchmarks/results/first_run_nct.json
+    python benchmarks/first_run.py --data ../shared/data/target_nct --out first_run_nct.json
 
 Times are those of one run on a machine that may be shared; they are figures, not promises.
 """
@@ -27,14 +27,17 @@ sys.path.insert(0, str(ROOT))
 
 from pixcell_min.base import load_pixcell_base  # noqa: E402
 from pixcell_min.checkpoint import write_text  # noqa: E402
-from pixcell_min.data import find_tiles, fit_tile, image_to_tensor, read_tile, tensor_to_image  # noqa: E402
+from pixcell_min.data import (  # noqa: E402
+    find_tiles, fit_tile, image_to_tensor, read_tile, tensor_to_image)
 
 
 def machine() -> dict:
     """What the figures were measured on."""
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
-               platform.processor()) if os.path.exists("/proc/cpuinfo") else platform.processor()
-    return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "python": platform.python_version(),
+    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo")
+                if line.startswith("model name")), platform.processor()
+               ) if os.path.exists("/proc/cpuinfo") else platform.processor()
+    return {"cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+            "python": platform.python_version(),
             "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
             **{name: version(name) for name in ("torch", "timm", "safetensors", "numpy", "pillow")}}
 
@@ -46,7 +49,8 @@ def psnr(tiles, pipeline) -> float:
         image = fit_tile(read_tile(tile.path), 256, "resize")
         with torch.no_grad():
             rebuilt = pipeline.vae.decode(pipeline.vae.encode(image_to_tensor(image)[None])[0])[0]
-        errors.append(np.mean((np.asarray(tensor_to_image(rebuilt), float) - np.asarray(image, float)) ** 2))
+        errors.append(np.mean(
+            (np.asarray(tensor_to_image(rebuilt), float) - np.asarray(image, float)) ** 2))
     return 10 * math.log10(255**2 / np.mean(errors))
 
 
@@ -56,10 +60,12 @@ def main():
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
-        command = [sys.executable, ROOT / "train.py", "--rank", "8", "--alpha", "16", "--out", f"{work}/run", "--cache",
-                   f"{work}/cache", *(["--data", args.data] if args.data else [])]
+        command = [sys.executable, ROOT / "train.py", "--rank", "8", "--alpha", "16",
+                   "--out", f"{work}/run", "--cache", f"{work}/cache",
+                   *(["--data", args.data] if args.data else [])]
         began = time.monotonic()
-        printed = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+        printed = subprocess.run(
+            command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
         train_seconds = time.monotonic() - began
         lines = [json.loads(line) for line in open(f"{work}/run/metrics.jsonl")]
         clock = [line["seconds"] for line in lines if "loss" in line]
@@ -72,10 +78,12 @@ def main():
             image_seconds.append(time.monotonic() - began)
         result = {
             "machine": machine(), "tiles": len(tiles), "printed": printed.strip().splitlines(),
-            "precision": str(pipeline.dtype or "float32"), "wall_seconds_of_train_py": round(train_seconds, 1),
+            "precision": str(pipeline.dtype or "float32"),
+            "wall_seconds_of_train_py": round(train_seconds, 1),
             "seconds_per_optimizer_step": round(statistics.median(np.diff(clock)), 3),
             "seconds_per_image_50_steps_ddim_guided": round(statistics.median(image_seconds), 2),
-            "validation_loss": {line["step"]: line["validation_loss"] for line in lines if "validation_loss" in line},
+            "validation_loss": {line["step"]: line["validation_loss"]
+                                for line in lines if "validation_loss" in line},
             "vae_round_trip_psnr_db": round(psnr(tiles, pipeline), 2),
             "file_bytes": {name: os.path.getsize(f"{work}/run/{name}") for name in
                            ("lora_weights.safetensors", "adapter.safetensors")},

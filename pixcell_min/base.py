@@ -1,8 +1,8 @@
-"""A base model on disk → a loaded pipeline: where the weights lie, and nothing about what is done with them.
+"""A base model on disk → a loaded pipeline: where the weights lie, not what is done with them.
 
-A base folder is laid out like a PixCell snapshot: `transformer/ vae/ scheduler/`, and `uni/` for the encoder. A real
-snapshot brings only `vae/config.json` and no encoder; their weights are then looked for beside it, in
-`sd3-vae/` (or `sd3-vae/vae/`) and `uni2-h/`.
+A base folder is laid out like a PixCell snapshot: `transformer/ vae/ scheduler/`, and `uni/` for
+the encoder. A real snapshot brings only `vae/config.json` and no encoder; their weights are then
+looked for beside it, in `sd3-vae/` (or `sd3-vae/vae/`) and `uni2-h/`.
 """
 
 import os
@@ -23,26 +23,30 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def find_base(path=None) -> Path:
-    """The base folder: `path`, else $PIXCELL_BASE, else the embedded one; relative to here, then to the repository.
+    """The base folder: `path`, else $PIXCELL_BASE, else the embedded one.
 
-    Raises: ValueError if there is no such folder or it holds no `transformer/`.
+    A relative path counts from here, then from the repository. Raises: ValueError if there is no
+    such folder or it holds no `transformer/`.
     """
     path = Path(path or os.environ.get("PIXCELL_BASE") or NANO)
     for folder in (path, REPOSITORY / path):
         if (folder / "transformer").is_dir():
-            return folder.absolute()  # the encoder is loaded later, perhaps from another working folder
-    raise ValueError(f"{path}: no base model; expected a folder with transformer/ vae/ scheduler/ (see README: weights)")
+            return folder.absolute()  # the encoder is loaded later, perhaps from another folder
+    raise ValueError(f"{path}: no base model; expected a folder with transformer/ vae/ scheduler/ "
+                     "(see README: weights)")
 
 
 def encoder_folder(base: Path) -> Path:
     """Folder of the tile encoder of `base`. Raises: ValueError naming where it was looked for."""
-    return _first(base, (base / "uni", base.parent / "uni2-h"), "config.json", "tile encoder (UNI2-h)")
+    return _first(
+        base, (base / "uni", base.parent / "uni2-h"), "config.json", "tile encoder (UNI2-h)")
 
 
 def vae_weights(base: Path) -> Path:
     """File of the VAE weights of `base`. Raises: ValueError naming where it was looked for."""
     beside = base.parent / "sd3-vae"
-    return _first(base, (base / "vae", beside, beside / "vae"), vae_module.WEIGHTS_NAME, "VAE weights") / WEIGHTS_NAME
+    return _first(base, (base / "vae", beside, beside / "vae"), vae_module.WEIGHTS_NAME,
+                  "VAE weights") / WEIGHTS_NAME
 
 
 def _first(base, folders, name, what):
@@ -54,30 +58,35 @@ def _first(base, folders, name, what):
 
 
 def load_pixcell_base(path=None, device="auto", mixed_precision="auto") -> PixCellPipeline:
-    """Load a base folder (default: the embedded pixcell-nano, or $PIXCELL_BASE) as a pipeline in float32 weights.
+    """Load a base (default: $PIXCELL_BASE, else pixcell-nano) as a pipeline in float32 weights.
 
-    device: auto, cpu, cuda…; mixed_precision: auto, no, fp16 or bf16, the autocast of the denoiser. The encoder is
-    loaded when first used. Raises: ValueError if a file is missing, broken or does not fit.
+    device: auto, cpu, cuda…; mixed_precision: auto, no, fp16 or bf16, the autocast of the denoiser.
+    The encoder is loaded when first used. Raises: ValueError if a file is missing, broken or does
+    not fit.
     """
     base, device = find_base(path), choose_device(device)
     schedule = NoiseSchedule.from_config(read_json(base / "scheduler" / "scheduler_config.json"))
-    transformer = PixCellTransformer.from_pretrained(base / "transformer").requires_grad_(False).to(device)
-    vae = AutoencoderKL.from_pretrained(base / "vae", vae_weights(base)).requires_grad_(False).to(device)
+    transformer = PixCellTransformer.from_pretrained(
+        base / "transformer").requires_grad_(False).to(device)
+    vae = AutoencoderKL.from_pretrained(
+        base / "vae", vae_weights(base)).requires_grad_(False).to(device)
     return PixCellPipeline(transformer, vae, partial(load_encoder, base, device), schedule,
                            base_hash=file_hash(base / "transformer" / WEIGHTS_NAME), device=device,
                            dtype=choose_dtype(mixed_precision, device))
 
 
 def load_encoder(base=None, device="auto") -> TileEncoder:
-    """The frozen tile encoder of a base folder, in float32. Raises: ValueError if it is missing or broken."""
-    return TileEncoder.from_pretrained(encoder_folder(find_base(base))).to(choose_device(str(device)))
+    """The frozen tile encoder of a base folder, float32. Raises: ValueError: missing or broken."""
+    return TileEncoder.from_pretrained(
+        encoder_folder(find_base(base))).to(choose_device(str(device)))
 
 
 def features_hash(base) -> str:
-    """What latents and embeddings depend on: the hashes of the VAE's and the encoder's files, joined."""
+    """What latents and embeddings depend on: hashes of the VAE's and encoder's files, joined."""
     base = find_base(base)
     folder = encoder_folder(base)
-    weights = next((folder / name for name in WEIGHT_NAMES if (folder / name).is_file()), folder / WEIGHT_NAMES[0])
+    weights = next((folder / name for name in WEIGHT_NAMES if (folder / name).is_file()),
+                   folder / WEIGHT_NAMES[0])
     return "-".join(file_hash(path) for path in (vae_weights(base), base / "vae" / "config.json",
                                                  weights, folder / "config.json"))
 
@@ -90,7 +99,8 @@ def _default_encoder(base):
 def uni2h_encoder(images):
     """Embed PIL image(s) or float tensor(s) with the default base's encoder → (B, S, E) float32.
 
-    The default base is the one `load_pixcell_base()` loads: $PIXCELL_BASE or the embedded pixcell-nano, whose
-    encoder is a small stand-in of the same class. Raises: ValueError as `TileEncoder.forward`.
+    The default base is the one `load_pixcell_base()` loads: $PIXCELL_BASE or the embedded
+    pixcell-nano, whose encoder is a small stand-in of the same class. Raises: ValueError as
+    `TileEncoder.forward`.
     """
     return _default_encoder(find_base())(images)

@@ -1,8 +1,9 @@
 """Files in, files out: strict reading of weights, atomic writing of everything.
 
-Reads `config.json`, `.safetensors` (memory-mapped) and `.bin/.pth/.pt` (`weights_only=True`: tensors, never code);
-fills a module only when every name and shape agrees; writes a file whole or not at all. Knows no network by name.
-This is the one module that the leaf modules import: three loaders and two savers share one strict reader.
+Reads `config.json`, `.safetensors` (memory-mapped) and `.bin/.pth/.pt` (`weights_only=True`:
+tensors, never code); fills a module only when every name and shape agrees; writes a file whole or
+not at all. Knows no network by name. It is the one module that the leaf modules import: three
+loaders and two savers share one strict reader.
 """
 
 import difflib
@@ -20,8 +21,8 @@ from safetensors.torch import save_file
 
 PICKLE_SUFFIXES = (".bin", ".pth", ".pt")
 # All that torch.load was seen to raise when files were cut or their bytes flipped.
-BROKEN_PICKLE = (pickle.UnpicklingError, struct.error, AssertionError, AttributeError, EOFError, LookupError, OSError,
-                 RuntimeError, TypeError, ValueError)
+BROKEN_PICKLE = (pickle.UnpicklingError, struct.error, AssertionError, AttributeError, EOFError,
+                 LookupError, OSError, RuntimeError, TypeError, ValueError)
 MAX_NAMED_KEYS = 3  # an error line names this many keys of each kind and counts the rest
 
 
@@ -31,7 +32,8 @@ def read_json(path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); expected a JSON file") from None
+        raise ValueError(
+            f"{path}: cannot be read ({error.strerror}); expected a JSON file") from None
     except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
         raise ValueError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(content, dict):
@@ -42,7 +44,8 @@ def read_json(path) -> dict:
 def read_tensors(path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Read a flat file of tensors: (name → CPU tensor in its stored dtype, header metadata).
 
-    Raises: ValueError if it is missing, empty, truncated, holds pickled code, or is not a flat dict of tensors.
+    Raises: ValueError if it is missing, empty, truncated, holds pickled code, or is no flat dict of
+    tensors.
     """
     path = Path(path)
     if not path.is_file():
@@ -52,7 +55,8 @@ def read_tensors(path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     elif path.suffix in PICKLE_SUFFIXES:
         tensors, metadata = _read_pickle(path), {}
     else:
-        raise ValueError(f"{path}: unknown ending {path.suffix!r}; expected .safetensors, .pth, .pt or .bin")
+        raise ValueError(f"{path}: unknown ending {path.suffix!r}; "
+                         "expected .safetensors, .pth, .pt or .bin")
     if not tensors:
         raise ValueError(f"{path}: holds no tensor")
     return tensors, metadata
@@ -63,16 +67,19 @@ def _read_safetensors(path):
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: truncated or not a safetensors file ({error}); copy it again") from None
+        raise ValueError(
+            f"{path}: truncated or not a safetensors file ({error}); copy it again") from None
 
 
 def _read_pickle(path):
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except BROKEN_PICKLE as error:
-        # torch's own text runs over many lines and suggests weights_only=False: never repeat that advice.
-        cause = "pickled code" if "Unsupported" in str(error) or "weights_only" in str(error) else "broken"
-        raise ValueError(f"{path}: refused, not a plain file of tensors ({cause}); expected weights only") from None
+        # torch's own text, of many lines, suggests weights_only=False: never repeat that advice.
+        cause = ("pickled code" if "Unsupported" in str(error) or "weights_only" in str(error)
+                 else "broken")
+        raise ValueError(f"{path}: refused, not a plain file of tensors ({cause}); "
+                         "expected weights only") from None
     if not isinstance(content, dict) or not all(
         isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in content.items()
     ):
@@ -81,15 +88,18 @@ def _read_pickle(path):
 
 
 def load_strict(module: torch.nn.Module, tensors: dict[str, torch.Tensor], source) -> None:
-    """Copy `tensors` into the parameters and persistent buffers of `module`, converting to each one's dtype.
+    """Copy `tensors` into parameters and persistent buffers of `module`, each keeping its dtype.
 
-    A module on the meta device takes the tensors themselves (no copy). Raises: ValueError naming missing and
-    unexpected keys (with the nearest name), wrong shapes or non-floating tensors; the module is then untouched.
+    A module on the meta device takes the tensors themselves (no copy). Raises: ValueError naming
+    missing and unexpected keys (with the nearest name), wrong shapes or non-floating tensors; the
+    module is then untouched.
     """
     wanted = module.state_dict(keep_vars=True)
-    missing, unexpected = [k for k in wanted if k not in tensors], [k for k in tensors if k not in wanted]
+    missing, unexpected = (
+        [k for k in wanted if k not in tensors], [k for k in tensors if k not in wanted])
     if missing or unexpected:
-        near = difflib.get_close_matches(unexpected[0], missing or list(wanted), n=1) if unexpected else []
+        near = (difflib.get_close_matches(unexpected[0], missing or list(wanted), n=1)
+                if unexpected else [])
         hint = f"; {unexpected[0]!r} is nearest to {near[0]!r}" if near else ""
         raise ValueError(
             f"{source}: does not fit {type(module).__name__}: {_count(missing, 'missing')}, "
@@ -98,8 +108,8 @@ def load_strict(module: torch.nn.Module, tensors: dict[str, torch.Tensor], sourc
     for key, value in tensors.items():
         if value.shape != wanted[key].shape:
             raise ValueError(
-                f"{source}: {key} has shape {tuple(value.shape)}, expected {tuple(wanted[key].shape)} "
-                f"for {type(module).__name__}"
+                f"{source}: {key} has shape {tuple(value.shape)}, "
+                f"expected {tuple(wanted[key].shape)} for {type(module).__name__}"
             )
         if not value.is_floating_point():
             raise ValueError(f"{source}: {key} is {value.dtype}, expected a floating-point tensor")
@@ -116,15 +126,18 @@ def _count(keys, what):
     return f"{len(keys)} {what}" + (f" ({', '.join(keys[:MAX_NAMED_KEYS])}{rest})" if keys else "")
 
 
-def save_tensors(path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a flat dict of tensors atomically: `.safetensors` (with header metadata) or `.pth`/`.pt` (tensors only).
+def save_tensors(path, tensors: dict[str, torch.Tensor],
+                 metadata: dict[str, str] | None = None) -> None:
+    """Write a flat dict of tensors atomically.
 
-    Raises: ValueError for another ending or when the folder cannot be written to.
+    `.safetensors` takes the header metadata too, `.pth` and `.pt` tensors only. Raises: ValueError
+    for another ending or when the folder cannot be written to.
     """
     path = Path(path)
     plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     if path.suffix == ".safetensors":
-        _replace(path, lambda temporary: save_file(plain, temporary, metadata={"format": "pt", **(metadata or {})}))
+        _replace(path, lambda temporary: save_file(
+            plain, temporary, metadata={"format": "pt", **(metadata or {})}))
     elif path.suffix in PICKLE_SUFFIXES:
         _replace(path, lambda temporary: torch.save(plain, temporary))
     else:
@@ -132,18 +145,19 @@ def save_tensors(path, tensors: dict[str, torch.Tensor], metadata: dict[str, str
 
 
 def save_object(path, content) -> None:
-    """Write nested dicts, lists, numbers and tensors (a run's state) atomically with `torch.save`."""
+    """Write nested dicts, lists, numbers, tensors (a run's state) atomically with `torch.save`."""
     _replace(Path(path), lambda temporary: torch.save(content, temporary))
 
 
 def load_object(path) -> dict:
-    """Read what `save_object` wrote, with `weights_only=True`. Raises: ValueError if it is missing or broken."""
+    """Read a `save_object` file, `weights_only=True`. Raises: ValueError if missing or broken."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; nothing to resume from") from None
     except BROKEN_PICKLE:
-        raise ValueError(f"{path}: truncated or not a saved run state; it cannot be resumed") from None
+        raise ValueError(
+            f"{path}: truncated or not a saved run state; it cannot be resumed") from None
 
 
 def write_bytes(path, content: bytes) -> None:
@@ -157,19 +171,21 @@ def write_text(path, text: str) -> None:
 
 
 def _replace(path: Path, write) -> None:
-    """Call `write(temporary name)` beside `path`, flush it to disk, then rename: readers see old or new, never half."""
+    """Call `write(temporary)` beside `path`, flush, rename: readers see old or new, never half."""
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        handle, temporary = tempfile.mkstemp(
+            dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         os.close(handle)
         write(temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp makes private files; what a run writes is meant to be shared
+        os.chmod(temporary, 0o644)  # mkstemp makes private files; a run's are meant to be shared
         os.replace(temporary, path)
-    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        raise ValueError(f"{path}: cannot be written ({error}); free space or choose another folder") from None
+    except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: torch.save, disk full
+        raise ValueError(
+            f"{path}: cannot be written ({error}); free space or choose another folder") from None
     finally:
         if temporary and os.path.exists(temporary):
             os.unlink(temporary)

@@ -233,7 +233,7 @@ def read_yaml(path) -> dict:
         raise ValueError(f"{path}: expected lines 'key: value', got {type(content).__name__}")
     for key in content:
         if key not in FIELDS:
-            near = difflib.get_close_matches(str(key).replace("-", "_"), FIELDS, 1, cutoff=0)[0]
+            near = difflib.get_close_matches(str(key), FIELDS, 1, cutoff=0)[0]
             raise ValueError(f"{path}: unknown key {reprlib.repr(key)}; the nearest is {near}")
     return {key: _checked(FIELDS[key], value, path) for key, value in content.items()}
 
@@ -298,7 +298,7 @@ def _train_parser():
         kind = {"action": argparse.BooleanOptionalAction} if is_switch else {"metavar": "VALUE"}
         if isinstance(field.default, tuple):
             kind["nargs"] = "+"
-        help = f"{_described(field)}; default {field.default}".replace("%", "%%")
+        help = f"{_described(field)}; default {field.default}"
         # Absent flags leave no attribute, so that they cannot shadow the file.
         parser.add_argument(_flag(field), dest=name, default=argparse.SUPPRESS, help=help, **kind)
     return parser

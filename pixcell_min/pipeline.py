@@ -1,7 +1,7 @@
 """From embedding to image: guided epsilon, the denoising loop, decoding; LoRA files on and off.
 
-Takes its models as arguments. Every image has a generator and a forward of its own, so its bytes depend on its
-embedding, seed and settings, never on what else is drawn in the same call.
+Takes its models as arguments. Every image has a generator and a forward of its own, so its bytes
+depend on its embedding, seed and settings, never on what else is drawn in the same call.
     guided ε = ε(∅) + g·(ε(c) − ε(∅))            Ho & Salimans 2022, on all latent channels
 """
 
@@ -31,11 +31,12 @@ class PipelineOutput:
 
 
 @torch.no_grad()
-def denoise(transformer, sampler, condition, generator, *, num_inference_steps=50, guidance_scale=GUIDANCE_SCALE,
-            size=None, dtype=None, progress=lambda steps: steps):
-    """One condition (1, S, E) → latents (1, C, H, W) float32. `generator` draws the start and every step's noise.
+def denoise(transformer, sampler, condition, generator, *, num_inference_steps=50,
+            guidance_scale=GUIDANCE_SCALE, size=None, dtype=None, progress=lambda steps: steps):
+    """One condition (1, S, E) → latents (1, C, H, W) float32.
 
-    size: latent (H, W), default the training size; guidance_scale 1: no unconditional half; dtype: of autocast.
+    `generator` draws the start and every step's noise. size: latent (H, W), default the training
+    size; guidance_scale 1: no unconditional half; dtype: of autocast.
     """
     config, device = transformer.config, condition.device
     height, width = size or (config.sample_size, config.sample_size)
@@ -44,26 +45,29 @@ def denoise(transformer, sampler, condition, generator, *, num_inference_steps=5
     latents, x0 = noise.to(device) * sampler.init_noise_sigma(num_inference_steps), None
     tokens = condition
     if guidance_scale != 1:
-        tokens = torch.cat([transformer.uncond_embedding[None].to(condition), condition])  # (2, S, E)
+        tokens = torch.cat(                                                  # (2, S, E)
+            [transformer.uncond_embedding[None].to(condition), condition])
     for step in progress(steps):
         model_input = sampler.scale_model_input(latents, step).expand(len(tokens), -1, -1, -1)
         with autocast(device, dtype):
-            output = transformer(model_input.to(transformer.proj_out.weight.dtype), step.timestep, tokens).float()
-        guided = output[-1:]                                                       # (1, C or 2C, H, W)
+            output = transformer(model_input.to(transformer.proj_out.weight.dtype),
+                                 step.timestep, tokens).float()
+        guided = output[-1:]                                                 # (1, C or 2C, H, W)
         if guidance_scale != 1:
-            # Epsilon is guided; a learned variance, where the sampler uses it, is the condition's own.
-            epsilon = output[:1, :channels] + guidance_scale * (output[1:, :channels] - output[:1, :channels])
+            # Epsilon is guided; a learned variance, where the sampler uses it, is the condition's.
+            epsilon = output[:1, :channels] + guidance_scale * (
+                output[1:, :channels] - output[:1, :channels])
             guided = torch.cat([epsilon, guided[:, channels:]], dim=1)
         latents, x0 = sampler.step(guided, latents, step, generator, x0)
     return latents
 
 
 class PixCellPipeline:
-    """A loaded base: `transformer`, `vae`, `encoder` (loaded at first use), its noise `schedule` and `base_hash`."""
+    """A loaded base: transformer, vae, encoder (loaded at first use), schedule and base_hash."""
 
-    def __init__(self, transformer, vae, load_encoder: Callable, schedule: NoiseSchedule, *, base_hash, device,
-                 dtype=None):
-        """base_hash: SHA-256 of the transformer's file, which a LoRA must name; dtype: of autocast, None float32."""
+    def __init__(self, transformer, vae, load_encoder: Callable, schedule: NoiseSchedule, *,
+                 base_hash, device, dtype=None):
+        """base_hash: SHA-256 of the transformer file, named by LoRAs; dtype: autocast's or None."""
         self.transformer, self.vae, self.schedule = transformer, vae, schedule
         self.base_hash, self.device, self.dtype = base_hash, torch.device(device), dtype
         self._load_encoder = load_encoder
@@ -76,9 +80,10 @@ class PixCellPipeline:
         return self._load_encoder()
 
     def load_lora_weights(self, path, scale=1.0, fuse=False) -> dict[str, str]:
-        """Wrap the base with a LoRA file, optionally merged into the weights; returns the file's header.
+        """Wrap the base with a LoRA file, if `fuse` merged into the weights; → the file's header.
 
-        Raises: ValueError if the file is broken or was made for another base, or a LoRA is loaded already.
+        Raises: ValueError if the file is broken or was made for another base, or a LoRA is loaded
+        already.
         """
         header = load_lora(self.transformer, path, scale, expected_base_hash=self.base_hash)
         if fuse:
@@ -86,11 +91,11 @@ class PixCellPipeline:
         return header
 
     def set_lora_scale(self, scale: float) -> None:
-        """Weight of the LoRA update: 1 as trained, 0 the base. Raises: ValueError if none is loaded or it is fused."""
+        """Weight of the update: 1 as trained, 0 the base. Raises: ValueError if absent or fused."""
         set_lora_scale(self.transformer, scale)
 
     def fuse_lora(self) -> None:
-        """Merge the updates into the base weights: a little faster; `unfuse_lora` restores the original bits."""
+        """Merge updates into the weights: a little faster; `unfuse_lora` restores their bits."""
         merge_lora(self.transformer)
 
     def unfuse_lora(self) -> None:
@@ -103,28 +108,33 @@ class PixCellPipeline:
         return bool(lora_layers(self.transformer))
 
     @torch.no_grad()
-    def __call__(self, embedding, num_inference_steps=50, guidance_scale=GUIDANCE_SCALE, scheduler="ddim", eta=0.0,
-                 seed=0, progress=None) -> PipelineOutput:
+    def __call__(self, embedding, num_inference_steps=50, guidance_scale=GUIDANCE_SCALE,
+                 scheduler="ddim", eta=0.0, seed=0, progress=None) -> PipelineOutput:
         """Draw one image per embedding.
 
-        embedding: (E,), (S, E) or (B, S, E), from `encoder` or adapter; scheduler: ddim, euler_ancestral, ddpm or
-        dpmpp_2m; seed: an int (image i uses seed + i) or one int per image; progress: wraps the list of steps, default
-        a bar on a terminal. Raises: ValueError for wrong shapes, names, counts or values that are not finite.
+        embedding: (E,), (S, E) or (B, S, E), from `encoder` or adapter; scheduler: ddim,
+        euler_ancestral, ddpm or dpmpp_2m; seed: an int (image i uses seed + i) or one int per
+        image; progress: wraps the list of steps, default a bar on a terminal. Raises: ValueError
+        for wrong shapes, names, counts or values that are not finite.
         """
         embedding = self._conditions(embedding)
         seeds = [seed + i for i in range(len(embedding))] if isinstance(seed, int) else list(seed)
         if len(seeds) != len(embedding):
-            raise ValueError(f"got {len(seeds)} seeds for {len(embedding)} embeddings; give one each, or one int")
+            raise ValueError(f"got {len(seeds)} seeds for {len(embedding)} embeddings; "
+                             "give one each, or one int")
         if not math.isfinite(guidance_scale):
             raise ValueError(f"guidance_scale is {guidance_scale}, expected a finite number")
         sampler = build_scheduler(scheduler, self.schedule, eta=eta)
-        progress = progress or (lambda steps: tqdm(steps, "denoising", unit="step", leave=False, disable=None))
+        progress = progress or (
+            lambda steps: tqdm(steps, "denoising", unit="step", leave=False, disable=None))
         images = []
         for condition, number in zip(embedding, seeds):
             # Drawn on the CPU: the same noise on every device.
             generator = torch.Generator().manual_seed(number)
-            latents = denoise(self.transformer, sampler, condition[None], generator, progress=progress,
-                              num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, dtype=self.dtype)
+            latents = denoise(
+                self.transformer, sampler, condition[None], generator, progress=progress,
+                num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
+                dtype=self.dtype)
             images.append(self.decode(latents))
         return PipelineOutput(images)
 
@@ -132,20 +142,23 @@ class PixCellPipeline:
         config = self.transformer.config
         embedding = torch.as_tensor(embedding, dtype=torch.float32, device=self.device)
         shape = tuple(embedding.shape)
-        if embedding.ndim < 3:  # (E,) or (S, E): one image; a stack of B single tokens must say (B, 1, E)
+        if embedding.ndim < 3:  # (E,), (S, E): one image; B single tokens must come as (B, 1, E)
             embedding = embedding[(None,) * (3 - embedding.ndim)]
-        if embedding.ndim != 3 or embedding.shape[1:] != (config.caption_num_tokens, config.caption_channels):
-            raise ValueError(f"embedding must be (B, {config.caption_num_tokens}, {config.caption_channels}), got {shape}")
+        if embedding.ndim != 3 or embedding.shape[1:] != (
+                config.caption_num_tokens, config.caption_channels):
+            raise ValueError(f"embedding must be (B, {config.caption_num_tokens}, "
+                             f"{config.caption_channels}), got {shape}")
         if not embedding.isfinite().all():
             raise ValueError("embedding holds NaN or infinity; check the tile and the adapter")
         return embedding.to(self.transformer.proj_out.weight.dtype)
 
     @torch.no_grad()
     def decode(self, latents) -> Image.Image:
-        """Latents (1, C, H, W) → one PIL image, in the VAE's own precision: float32, which float16 would overflow."""
+        """Latents (1, C, H, W) → one PIL image, in the VAE's float32: float16 would overflow."""
         weight = self.vae.decoder.conv_in.weight
         large = max(latents.shape[2:]) > TILED_DECODE_ABOVE
         pixels = (self.vae.decode_tiled if large else self.vae.decode)(latents.to(weight))
         if not pixels.isfinite().all():
-            raise ValueError("the decoded image is not finite: weights or LoRA are broken, or float16 overflowed")
+            raise ValueError("the decoded image is not finite: weights or LoRA are broken, "
+                             "or float16 overflowed")
         return tensor_to_image(pixels[0].float().cpu())

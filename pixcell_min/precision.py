@@ -1,6 +1,7 @@
 """Which number format the network's forward runs in; what autocast covers, and what it must not.
 
-Weights, LoRA, adapter, schedule, loss and latents stay float32: autocast wraps the transformer's forward alone.
+Weights, LoRA, adapter, schedule, loss and latents stay float32: autocast wraps the transformer's
+forward alone.
 """
 
 import torch
@@ -9,7 +10,7 @@ DTYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def choose_device(name: str) -> torch.device:
-    """"auto" is CUDA where there is one, else the CPU. Raises: ValueError if the named device is not there."""
+    """"auto": CUDA where there is one, else the CPU. Raises: ValueError if no such device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     message = f"device {name!r} is not available here; expected auto or cpu"
@@ -17,7 +18,8 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:  # no such name; torch's own text lists every back end
         raise ValueError(message) from None
-    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(device.type, lambda: True)
+    there = {"cuda": torch.cuda.is_available,
+             "mps": torch.backends.mps.is_available}.get(device.type, lambda: True)
     if not there() or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
         raise ValueError(message)
     return device
@@ -26,8 +28,8 @@ def choose_device(name: str) -> torch.device:
 def choose_dtype(mixed_precision: str, device: torch.device) -> torch.dtype | None:
     """"no", "fp16", "bf16" or "auto" → the autocast dtype, None for plain float32.
 
-    auto: fp16 on CUDA; bf16 on a CPU with bf16 instructions (AMX or AVX-512, where it is the faster one); else None.
-    Raises: ValueError for another name.
+    auto: fp16 on CUDA; bf16 on a CPU with bf16 instructions (AMX or AVX-512, where it is the faster
+    one); else None. Raises: ValueError for another name.
     """
     if mixed_precision not in ("auto", *DTYPES):
         raise ValueError(f"mixed_precision is {mixed_precision!r}, expected auto, no, fp16 or bf16")

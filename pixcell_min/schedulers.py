@@ -38,7 +38,7 @@ class NoiseSchedule:
         betas = self.betas.to("cpu", torch.float32)
         # Multiplied in float32, as when the weights were trained: float64 differs by 3.6e-7.
         alphas_cumprod = torch.cumprod(1.0 - betas, dim=0)
-        if not len(betas) or not ((betas > 0) & (betas < 1) & (alphas_cumprod > 0)).all():
+        if not len(betas) or not ((betas > 0) & (alphas_cumprod > 0)).all():
             raise ValueError("noise schedule: expected betas in (0, 1) that leave some signal; "
                              "zero terminal SNR needs v-prediction and is not implemented")
         object.__setattr__(self, "betas", betas)
@@ -64,8 +64,8 @@ class NoiseSchedule:
         prediction_type = config.get("prediction_type", "epsilon")
         count, trained = config.get("num_train_timesteps", 1000), config.get("trained_betas")
         if trained is not None:
-            if len(trained) != count:
-                raise ValueError(f"scheduler config: {len(trained)} trained_betas, not {count}")
+            if not isinstance(trained, list) or len(trained) != count:
+                raise ValueError(f"scheduler config: trained_betas, expected a list of {count}")
             return cls(torch.tensor(trained), prediction_type)
         # No default: a flow-matching config has no beta_schedule, and is not linear for that.
         kind = _choice("beta_schedule", config.get("beta_schedule"), ("linear", "scaled_linear"))
@@ -262,7 +262,7 @@ class DDPM(_Sampler):
         now = self.schedule.alphas_cumprod[timesteps]  # ᾱ before and after each step
         after = torch.cat([now[1:], torch.ones(1)])
         beta = 1 - now / after
-        variance = ((1 - after) / (1 - now) * beta).clamp(min=1e-20)
+        variance = (1 - after) / (1 - now) * beta
         if self.variance_type == "fixed_large":
             variance = beta
         # Differs from diffusers: no noise at the last step (Ho et al. alg. 2), even where t > 0.
@@ -298,7 +298,7 @@ class DDIM(_Sampler):
         now = self.schedule.alphas_cumprod[timesteps]
         final = torch.ones(1) if self.set_alpha_to_one else self.schedule.alphas_cumprod[:1]
         # Differs from diffusers: a step ends at the table's next timestep; there at t − T // N,
-        # which is the next one with leading spacing only.
+        # which is the same with leading spacing but not with linspace, nor always with trailing.
         after = torch.cat([now[1:], final])
         std = self.eta * ((1 - after) / (1 - now) * (1 - now / after)) ** 0.5
         return _rows(

@@ -1,8 +1,9 @@
-"""What one optimizer step does: diffusion loss, autocast, GradScaler, accumulation, clipping; and validation.
+"""One optimizer step: diffusion loss, autocast, GradScaler, accumulation, clipping; validation.
 
-Takes models and schedule as arguments. All randomness of micro-step k comes from a generator made of (seed, k), so a
-resumed run draws what an uninterrupted one would have drawn.
-    t ~ U{0…T−1},  ε ~ N(0, I),  x_t = √ᾱ_t·x0 + √(1−ᾱ_t)·ε,  loss = mean (ε_θ(x_t, t, c) − ε)²    Ho et al. 2020, eq. 14
+Takes models and schedule as arguments. All randomness of micro-step k comes from a generator made
+of (seed, k), so a resumed run draws what an uninterrupted one would have drawn.
+    t ~ U{0…T−1},  ε ~ N(0, I),  x_t = √ᾱ_t·x0 + √(1−ᾱ_t)·ε
+    loss = mean (ε_θ(x_t, t, c) − ε)²                              Ho et al. 2020, eq. 14
     c = adapter(embedding), or with probability p the null embedding, which bypasses the adapter
 """
 
@@ -40,7 +41,7 @@ def generator_for(seed: int, *key) -> torch.Generator:
 
 
 def draw_batch(features, rows, schedule, condition_dropout: float, generator) -> Batch:
-    """Draw dihedral variant, latents, noise, timesteps and condition dropout for feature rows (B,)."""
+    """Draw variants, latents, noise, timesteps and condition dropout for feature rows (B,)."""
     rows = features.draw_variants(rows, generator)
     latents = features.sample_latents(rows, generator)
     noise = torch.randn(latents.shape, generator=generator)
@@ -50,34 +51,38 @@ def draw_batch(features, rows, schedule, condition_dropout: float, generator) ->
 
 
 def condition_tokens(adapter, embeddings, dropped, uncond_embedding):
-    """Embeddings (B, S, E) → condition tokens (B, S, E): adapted, or the null embedding where `dropped` (B,)."""
+    """Embeddings (B, S, E) → tokens (B, S, E): adapted, or null embedding where `dropped` (B,)."""
     return torch.where(dropped[:, None, None], uncond_embedding, adapter(embeddings))
 
 
 def diffusion_loss(transformer, adapter, schedule, batch: Batch, dtype=None):
-    """Squared error of the predicted target per sample, (B,) float32; only the forward runs in autocast `dtype`.
+    """Squared error of the predicted target per sample, (B,) float32.
 
-    The network's further output channels (learned variance) take no part, as in the authors' LoRA training.
+    Only the forward runs in autocast `dtype`. The network's further output channels (learned
+    variance) take no part, as in the authors' LoRA training.
     """
     device = batch.latents.device
     noisy = schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
     target = schedule.target(batch.latents, batch.noise, batch.timesteps)
     with autocast(device, dtype):
-        tokens = condition_tokens(adapter, batch.embeddings, batch.dropped, transformer.uncond_embedding)
+        tokens = condition_tokens(
+            adapter, batch.embeddings, batch.dropped, transformer.uncond_embedding)
         output = transformer(latents=noisy, timesteps=batch.timesteps, encoder_hidden_states=tokens)
     predicted = output[:, :noisy.shape[1]].float()
     return F.mse_loss(predicted, target, reduction="none").mean(dim=(1, 2, 3))
 
 
-def build_optimizer(lora_parameters, adapter_parameters, learning_rate, adapter_learning_rate, weight_decay):
-    """AdamW with two parameter groups, LoRA and adapter, each with its own peak rate in `initial_lr`."""
+def build_optimizer(lora_parameters, adapter_parameters, learning_rate, adapter_learning_rate,
+                    weight_decay):
+    """AdamW with two parameter groups, LoRA and adapter; each one's peak rate in `initial_lr`."""
     groups = [{"params": list(lora_parameters), "lr": learning_rate, "initial_lr": learning_rate},
-              {"params": list(adapter_parameters), "lr": adapter_learning_rate, "initial_lr": adapter_learning_rate}]
+              {"params": list(adapter_parameters), "lr": adapter_learning_rate,
+               "initial_lr": adapter_learning_rate}]
     return torch.optim.AdamW(groups, weight_decay=weight_decay)
 
 
 def rate_factor(step: int, warmup_steps: int, max_train_steps: int, lr_schedule: str) -> float:
-    """Factor on both peak rates at optimizer step `step` (from 0): linear rise, then constant or half a cosine to 0."""
+    """Factor on both peak rates at `step` >= 0: linear rise, then 1 or half a cosine to 0."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     if lr_schedule == "constant":
@@ -87,7 +92,7 @@ def rate_factor(step: int, warmup_steps: int, max_train_steps: int, lr_schedule:
 
 
 def build_scaler(device, dtype) -> torch.amp.GradScaler:
-    """A loss scaler, active in float16 alone: its gradients underflow below 6e-8, bfloat16's do not."""
+    """A loss scaler, active in float16 alone: gradients underflow below 6e-8, not in bfloat16."""
     return torch.amp.GradScaler(torch.device(device).type, enabled=dtype == torch.float16)
 
 
@@ -101,10 +106,11 @@ class StepReport:
 
 
 def optimizer_step(loss_of, batches, optimizer, scaler, max_grad_norm: float) -> StepReport:
-    """One optimizer step from micro-batches: gradients are those of the mean over all their samples.
+    """One optimizer step from micro-batches: gradients of the mean over all their samples.
 
-    loss_of: Batch → per-sample losses (B,); batches may differ in size. Gradients are unscaled before they are
-    clipped. The caller sets the rates before and, in a skipped step, leaves schedules where they were.
+    loss_of: Batch → per-sample losses (B,); batches may differ in size. Gradients are unscaled
+    before they are clipped. The caller sets the rates before and, in a skipped step, leaves
+    schedules where they were.
     """
     batches = list(batches)
     count, total = sum(len(batch.timesteps) for batch in batches), 0.0
@@ -117,17 +123,20 @@ def optimizer_step(loss_of, batches, optimizer, scaler, max_grad_norm: float) ->
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
     if not scaler.is_enabled() and not math.isfinite(norm):
-        raise ValueError(f"the gradient is not finite (loss {total}); lower the learning rate or check the tiles")
+        raise ValueError(f"the gradient is not finite (loss {total}); "
+                         "lower the learning rate or check the tiles")
     scaler.step(optimizer)
     scaler.update()
     return StepReport(total, norm, skipped=not math.isfinite(norm))
 
 
 @torch.no_grad()
-def validation_loss(transformer, adapter, schedule, features, batch_size: int, seed: int, dtype=None) -> float:
-    """Mean loss over held-out tiles at fixed noise and timesteps, the same in every call with this seed.
+def validation_loss(transformer, adapter, schedule, features, batch_size: int, seed: int,
+                    dtype=None) -> float:
+    """Mean loss over held-out tiles at fixed noise and timesteps, the same whenever the seed is.
 
-    Each tile is seen at VALIDATION_TIMESTEPS timesteps, one per equal range of [0, T), its unturned variant, no dropout.
+    Each tile is seen at VALIDATION_TIMESTEPS timesteps, one per equal range of [0, T), its unturned
+    variant, no dropout.
     """
     training = transformer.training, adapter.training
     transformer.eval(), adapter.eval()
@@ -141,8 +150,8 @@ def validation_loss(transformer, adapter, schedule, features, batch_size: int, s
     total = 0.0
     for part in torch.arange(len(rows)).split(batch_size):
         chosen = rows[part]
-        batch = Batch(features.mean[chosen], features.embeddings[chosen], noise[part], timesteps[part],
-                      torch.zeros(len(part), dtype=torch.bool)).to(device)
+        batch = Batch(features.mean[chosen], features.embeddings[chosen], noise[part],
+                      timesteps[part], torch.zeros(len(part), dtype=torch.bool)).to(device)
         total += diffusion_loss(transformer, adapter, schedule, batch, dtype).sum().item()
     transformer.train(training[0]), adapter.train(training[1])
     return total / len(rows)

@@ -1,11 +1,11 @@
-"""PixCell's denoiser: a PixArt-Sigma diffusion transformer over SD 3.5 latents, conditioned on tile embeddings.
+"""PixCell's denoiser: a PixArt-Sigma transformer over SD 3.5 latents, given tile embeddings.
 
-Parameter names are those of the released checkpoint, so it loads with an empty rename table. Knows nothing of LoRA,
-schedules or guidance. With τ = t-MLP(sinusoid(t)), m = W·SiLU(τ) ∈ ℝ^{6×D} shared by all blocks, c = projected condition:
+Parameter names are those of the released checkpoint. Knows nothing of LoRA, schedules or guidance.
+With τ = t-MLP(sinusoid(t)), m = W·SiLU(τ) ∈ ℝ^{6×D} shared by all blocks, c = projected condition:
     h ← h + g₁ · attn1(LN(h)·(1+s₁) + b₁)        (b₁, s₁, g₁, b₂, s₂, g₂) = table_block + m
     h ← h + attn2(h, c)                          no norm before it
     h ← h + g₂ · ff(LN(h)·(1+s₂) + b₂)
-Sources: Peebles & Xie 2023 (adaLN), Chen et al. 2023/2024 (PixArt: adaLN-single), Yellapragada et al. 2025 (PixCell).
+Sources: Peebles & Xie 2023; Chen et al. 2023, 2024 (PixArt); Yellapragada et al. 2025 (PixCell).
 """
 
 import math
@@ -25,16 +25,14 @@ WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 TIMESTEP_CHANNELS = 256  # width of the sinusoid that enters the timestep MLP
 MAX_PERIOD = 10000.0
 # What this text implements; a config that says otherwise describes another network.
-FIXED = {
-    "_class_name": "PixCellTransformer2DModel", "activation_fn": "gelu-approximate", "attention_bias": True,
-    "attention_type": "default", "norm_type": "ada_norm_single", "norm_elementwise_affine": False,
-    "use_additional_conditions": False, "dropout": 0.0,
-}
+FIXED = {"_class_name": "PixCellTransformer2DModel", "activation_fn": "gelu-approximate",
+         "attention_bias": True, "attention_type": "default", "norm_type": "ada_norm_single",
+         "norm_elementwise_affine": False, "use_additional_conditions": False, "dropout": 0.0}
 
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """The fields of a released `transformer/config.json` that shape the network; defaults are PixCell-256's."""
+    """The fields of `transformer/config.json` that shape the network; defaults: PixCell-256's."""
 
     num_layers: int = 28
     num_attention_heads: int = 16
@@ -50,18 +48,20 @@ class TransformerConfig:
 
     @classmethod
     def from_dict(cls, config: dict, source="config"):
-        """Pick the known fields. Raises: ValueError naming a missing, mistyped or unsupported field."""
+        """Pick the known fields. Raises: ValueError naming a missing, wrong or unsupported one."""
         for key, value in FIXED.items():
             if config.get(key, value) != value:
                 raise ValueError(f"{source}: {key} is {config[key]!r}, only {value!r} is supported")
         names = {field.name for field in fields(cls)}
         optional = {"norm_eps", "interpolation_scale"}
         if missing := sorted(names - optional - config.keys()):
-            raise ValueError(f"{source}: not a PixCell transformer configuration, {missing[0]!r} is missing")
+            raise ValueError(f"{source}: not a PixCell transformer configuration, "
+                             f"{missing[0]!r} is missing")
         values = {key: config[key] for key in names & config.keys()}
         for key in sorted(values):
             positive = type(values[key]) in (int, float) and values[key] > 0
-            if key in optional and not positive and (key, values[key]) != ("interpolation_scale", None):
+            if key in optional and not positive and (
+                    (key, values[key]) != ("interpolation_scale", None)):
                 raise ValueError(f"{source}: {key} must be a positive number, got {values[key]!r}")
             if key not in optional and (type(values[key]) is not int or values[key] < 1):
                 raise ValueError(f"{source}: {key} must be a positive integer, got {values[key]!r}")
@@ -71,43 +71,42 @@ class TransformerConfig:
 
 @lru_cache(maxsize=8)
 def sincos_grid(height, width, channels, base_size, interpolation_scale, phase=0.0):
-    """2-D sine-cosine position code (height·width, channels), float64, rows of the grid first, on the CPU.
-
-    The first half of the channels codes the column (w before h), the second the row; each is sines then cosines.
-    """
+    """2-D sine-cosine position code (height·width, channels), float64, row by row, on the CPU."""
     def axis(count):  # positions in units of the training grid, (count, channels / 2)
-        # The device is named: under `torch.device("meta")` the cached table would otherwise hold no numbers.
+        # The device is named, or under `torch.device("meta")` the cached table holds no numbers.
         steps = torch.arange(max(count, channels // 4), dtype=torch.float64, device="cpu")
         positions = steps[:count] / (count / base_size) / interpolation_scale + phase
         frequencies = MAX_PERIOD ** -(steps[:channels // 4] / (channels / 4))
         angles = positions[:, None] * frequencies
         return torch.cat([angles.sin(), angles.cos()], dim=1)
 
+    # The column's code comes first (w before h), then the row's; each is sines, then cosines.
     columns = axis(width)[None].expand(height, -1, -1)
     rows = axis(height)[:, None].expand(-1, width, -1)
     return torch.cat([columns, rows], dim=2).reshape(height * width, channels)
 
 
 def timestep_sinusoid(timesteps):
-    """(B,) timesteps, whole or fractional → (B, 256) float32: cosines, then sines (no frequency shift)."""
+    """(B,) timesteps, whole or not → (B, 256) float32: cosines, then sines, no frequency shift."""
     half = TIMESTEP_CHANNELS // 2
-    frequencies = torch.exp(-math.log(MAX_PERIOD) * torch.arange(half, device=timesteps.device) / half)
+    frequencies = torch.exp(
+        -math.log(MAX_PERIOD) * torch.arange(half, device=timesteps.device) / half)
     angles = timesteps.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
 class Attention(nn.Module):
-    """Multi-head attention with biased projections; keys and values from `context` (cross) or from `h` (self)."""
+    """Multi-head attention, biased; keys and values from `context` (cross) or from `h` (self)."""
 
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
         self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
-        self.to_out = nn.ModuleList([nn.Linear(width, width)])  # a list because the checkpoint says to_out.0
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])  # the checkpoint says to_out.0
         self.float32_attention = False
 
     def forward(self, h, context=None):
-        """h (B, N, D), context (B, S, D) or None → (B, N, D); (B, 1, D), to be broadcast, when S = 1."""
+        """h (B, N, D), context (B, S, D) or None → (B, N, D); if S = 1 (B, 1, D), to broadcast."""
         if context is not None and context.shape[1] == 1:
             # One key: its softmax is 1 for every query, so the result is exactly to_out(to_v(c)).
             return self.to_out[0](self.to_v(context))
@@ -125,14 +124,14 @@ class Attention(nn.Module):
 def attend(q, k, v):
     """softmax(q·kᵀ / √d)·v over (B, heads, N, d), softmax in float32."""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
-        # The fused kernel's bfloat16 backward leaves the CPU's matrix unit idle: plain products train 2× faster.
+        # The fused kernel's bfloat16 backward leaves the CPU's matrix unit idle: this is 2× faster.
         weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).float().softmax(dim=-1)
         return weights.to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
 
 class GELUProjection(nn.Module):
-    """Linear, then tanh-approximated GELU; a class of its own because the checkpoint says `net.0.proj`."""
+    """Linear, then tanh-approximated GELU; a class because the checkpoint says `net.0.proj`."""
 
     def __init__(self, width, hidden):
         super().__init__()
@@ -147,25 +146,27 @@ class FeedForward(nn.Module):
 
     def __init__(self, width):
         super().__init__()
-        self.net = nn.ModuleList([GELUProjection(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)])
+        self.net = nn.ModuleList(
+            [GELUProjection(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)])
 
     def forward(self, h):
         return self.net[2](self.net[0](h))
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention and feed-forward, modulated by the shared timestep vector plus its own table."""
+    """Self- and cross-attention, feed-forward; modulated (adaLN-single) by shared m + own table."""
 
     def __init__(self, width, heads, eps):
         super().__init__()
         self.eps = eps
         self.scale_shift_table = nn.Parameter(torch.randn(6, width) / width**0.5)
-        self.attn1, self.attn2, self.ff = Attention(width, heads), Attention(width, heads), FeedForward(width)
+        self.attn1, self.attn2, self.ff = (
+            Attention(width, heads), Attention(width, heads), FeedForward(width))
 
     def forward(self, h, context, modulation):
-        """h (B, N, D), context (B, S, D), modulation (B, 6, D) → (B, N, D)."""
-        table = self.scale_shift_table + modulation                                # (B, 6, D)
-        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = table.chunk(6, dim=1)  # each (B, 1, D)
+        """h (B, N, D), context (B, S, D), modulation (B, 6, D) → (B, N, D); chunks (B, 1, D)."""
+        table = self.scale_shift_table + modulation                                 # (B, 6, D)
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = table.chunk(6, dim=1)
         h = h + gate_msa * self.attn1(modulate(h, shift_msa, scale_msa, self.eps))  # (B, N, D)
         h = h + self.attn2(h, context)                                              # (B, N, D)
         return h + gate_mlp * self.ff(modulate(h, shift_mlp, scale_mlp, self.eps))  # (B, N, D)
@@ -177,7 +178,7 @@ def modulate(h, shift, scale, eps):
 
 
 class PatchEmbed(nn.Module):
-    """p×p latent patches → tokens, plus the position code of the actual grid (not stored in the checkpoint)."""
+    """p×p latent patches → tokens, plus the position code of the actual grid (not saved)."""
 
     def __init__(self, config: TransformerConfig, width):
         super().__init__()
@@ -188,12 +189,13 @@ class PatchEmbed(nn.Module):
         self.interpolation_scale = max(config.sample_size // 64, 1) if scale is None else scale
 
     def forward(self, latents):
-        patches = self.proj(latents)                                               # (B, D, H/p, W/p)
+        patches = self.proj(latents)                                         # (B, D, H/p, W/p)
         height, width = patches.shape[2:]
-        code = sincos_grid(height, width, patches.shape[1], self.base_size, self.interpolation_scale)
-        # The sum is at least float32: autocast gives half-precision patches, the residual stream must not be.
+        code = sincos_grid(height, width, patches.shape[1], self.base_size,
+                           self.interpolation_scale)                         # (N, D)
+        # At least float32: autocast's half-precision patches must not set the residual stream's.
         dtype = torch.promote_types(self.proj.weight.dtype, patches.dtype)
-        return rearrange(patches, "b d h w -> b (h w) d") + code.to(patches.device, dtype)  # (B, N, D)
+        return rearrange(patches, "b d h w -> b (h w) d") + code.to(patches.device, dtype)
 
 
 class TimestepModulation(nn.Module):
@@ -201,57 +203,63 @@ class TimestepModulation(nn.Module):
 
     def __init__(self, width):
         super().__init__()
-        embedder = {"linear_1": nn.Linear(TIMESTEP_CHANNELS, width), "linear_2": nn.Linear(width, width)}
+        embedder = {"linear_1": nn.Linear(TIMESTEP_CHANNELS, width),
+                    "linear_2": nn.Linear(width, width)}
         self.emb = nn.ModuleDict({"timestep_embedder": nn.ModuleDict(embedder)})
         self.linear = nn.Linear(width, 6 * width)
 
     def forward(self, timesteps):
         mlp = self.emb["timestep_embedder"]
-        sinusoid = timestep_sinusoid(timesteps).to(self.linear.weight.dtype)       # (B, 256)
-        embedded = mlp["linear_2"](F.silu(mlp["linear_1"](sinusoid)))              # (B, D)
+        sinusoid = timestep_sinusoid(timesteps).to(self.linear.weight.dtype)  # (B, 256)
+        embedded = mlp["linear_2"](F.silu(mlp["linear_1"](sinusoid)))        # (B, D)
         return embedded, rearrange(self.linear(F.silu(embedded)), "b (m d) -> b m d", m=6)
 
 
 class CaptionProjection(nn.Module):
-    """Condition tokens E → D by a two-layer MLP; holds the null embedding of classifier-free guidance."""
+    """Condition tokens E → D by a two-layer MLP; holds the null embedding of guidance."""
 
     def __init__(self, config: TransformerConfig, width):
         super().__init__()
-        # A plain buffer. Differs from the released class, where it is a Parameter that requires_grad_(False) misses.
-        self.register_buffer("uncond_embedding", torch.randn(config.caption_num_tokens, config.caption_channels)
-                             / config.caption_channels**0.5)
-        self.linear_1, self.linear_2 = nn.Linear(config.caption_channels, width), nn.Linear(width, width)
+        # A buffer; the released class's is a Parameter, which requires_grad_(False) misses.
+        self.register_buffer("uncond_embedding", torch.randn(
+            config.caption_num_tokens, config.caption_channels) / config.caption_channels**0.5)
+        self.linear_1, self.linear_2 = (
+            nn.Linear(config.caption_channels, width), nn.Linear(width, width))
 
     def forward(self, tokens):
         return self.linear_2(F.gelu(self.linear_1(tokens), approximate="tanh"))
 
 
 class TokenPositions(nn.Module):
-    """Position code of the S > 1 condition tokens, a √S×√S grid in the pixel frame; stored in the checkpoint."""
+    """Saved position code of S > 1 condition tokens, a √S×√S grid in the pixel frame."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
-        side, base_size = math.isqrt(config.caption_num_tokens), config.sample_size // config.patch_size
-        code = sincos_grid(side, side, config.caption_channels, base_size, 2.0, base_size // config.caption_num_tokens)
+        side, base_size = (
+            math.isqrt(config.caption_num_tokens), config.sample_size // config.patch_size)
+        code = sincos_grid(side, side, config.caption_channels, base_size, 2.0,
+                           base_size // config.caption_num_tokens)
         self.register_buffer("y_pos_embed", code.to(torch.get_default_dtype())[None])  # (1, S, E)
 
 
 class PixCellTransformer(nn.Module):
-    """The whole network: `model(latents=…, timesteps=…, encoder_hidden_states=…)` → (B, out_channels, H, W)."""
+    """The whole network: `model(latents=…, timesteps=…, encoder_hidden_states=…)`, see forward."""
 
     def __init__(self, config: TransformerConfig):
-        """Raises: ValueError if the token count is no square or a width cannot carry a 2-D sine-cosine code."""
+        """Raises: ValueError if the token count is no square, or a width no multiple of 4."""
         super().__init__()
         width = config.num_attention_heads * config.attention_head_dim
         if math.isqrt(config.caption_num_tokens) ** 2 != config.caption_num_tokens:
-            raise ValueError(f"caption_num_tokens must be a square number, got {config.caption_num_tokens}")
+            raise ValueError("caption_num_tokens must be a square number, "
+                             f"got {config.caption_num_tokens}")
         if width % 4 or (config.caption_num_tokens > 1 and config.caption_channels % 4):
-            raise ValueError(f"widths must be multiples of 4, got {width} and {config.caption_channels}")
+            raise ValueError(
+                f"widths must be multiples of 4, got {width} and {config.caption_channels}")
         self.config, self.gradient_checkpointing = config, False
         self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
         self.pos_embed = PatchEmbed(config, width)
-        self.transformer_blocks = nn.ModuleList(
-            Block(width, config.num_attention_heads, config.norm_eps) for _ in range(config.num_layers))
+        self.transformer_blocks = nn.ModuleList(Block(
+            width, config.num_attention_heads, config.norm_eps) for _ in range(config.num_layers))
         self.proj_out = nn.Linear(width, config.patch_size**2 * config.out_channels)
         self.adaln_single = TimestepModulation(width)
         if config.caption_num_tokens > 1:
@@ -260,9 +268,10 @@ class PixCellTransformer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder, dtype=torch.float32):
-        """Read `config.json` and the safetensors beside it, strictly. Raises: ValueError if they do not fit."""
+        """Read `config.json` and safetensors, strictly. Raises: ValueError if they do not fit."""
         folder = Path(folder)
-        config = TransformerConfig.from_dict(read_json(folder / "config.json"), folder / "config.json")
+        config = TransformerConfig.from_dict(
+            read_json(folder / "config.json"), folder / "config.json")
         tensors, _ = read_tensors(folder / WEIGHTS_NAME)
         with torch.device("meta"):  # no random start is computed for weights that are overwritten
             model = cls(config).to(dtype)
@@ -280,14 +289,14 @@ class PixCellTransformer(nn.Module):
             block.attn1.float32_attention = block.attn2.float32_attention = enabled
 
     def inert_layers(self) -> list[str]:
-        """Names of projections that cannot affect the output: cross-attention's query and key when S = 1."""
+        """Projections that cannot affect the output: cross-attention's query and key if S = 1."""
         if self.config.caption_num_tokens > 1:
             return []
         return [f"transformer_blocks.{i}.attn2.{name}"
                 for i in range(self.config.num_layers) for name in ("to_q", "to_k")]
 
     def forward(self, latents, timesteps, encoder_hidden_states):
-        """latents (B, in_channels, H, W), timesteps (B,) or scalar, condition (B, S, E) → (B, out_channels, H, W).
+        """latents (B, in, H, W), timesteps (B,) or scalar, condition (B, S, E) → (B, out, H, W).
 
         H and W are multiples of the patch size. Raises: ValueError on other sizes or token shapes.
         """
@@ -297,24 +306,24 @@ class PixCellTransformer(nn.Module):
         tokens = encoder_hidden_states
         if c.caption_num_tokens > 1:
             tokens = tokens + self.y_pos_embed.y_pos_embed
-        h = self.pos_embed(latents)                                                # (B, N, D)
-        embedded, modulation = self.adaln_single(timesteps)                        # (B, D), (B, 6, D)
-        context = self.caption_projection(tokens)                                  # (B, S, D)
+        h = self.pos_embed(latents)                                          # (B, N, D)
+        embedded, modulation = self.adaln_single(timesteps)                  # (B, D), (B, 6, D)
+        context = self.caption_projection(tokens)                            # (B, S, D)
         for block in self.transformer_blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 h = checkpoint(block, h, context, modulation, use_reentrant=False)  # (B, N, D)
             else:
-                h = block(h, context, modulation)                                  # (B, N, D)
-        shift, scale = (self.scale_shift_table + embedded[:, None]).chunk(2, dim=1)  # each (B, 1, D)
-        h = self.proj_out(modulate(h, shift, scale, c.norm_eps))                   # (B, N, p·p·out)
+                h = block(h, context, modulation)                            # (B, N, D)
+        shift, scale = (self.scale_shift_table + embedded[:, None]).chunk(2, dim=1)  # (B, 1, D)
+        h = self.proj_out(modulate(h, shift, scale, c.norm_eps))             # (B, N, p·p·out)
         return rearrange(h, "b (h w) (p q c) -> b c (h p) (w q)", h=latents.shape[2] // p, p=p, q=p)
 
     def _check(self, latents, tokens):
         c = self.config
-        if latents.ndim != 4 or latents.shape[1] != c.in_channels or any(n % c.patch_size or not n
-                                                                         for n in latents.shape[2:]):
-            raise ValueError(f"latents must be (B, {c.in_channels}, H, W) with H and W multiples of "
-                             f"{c.patch_size}, got {tuple(latents.shape)}")
+        if latents.ndim != 4 or latents.shape[1] != c.in_channels or any(
+                n % c.patch_size or not n for n in latents.shape[2:]):
+            raise ValueError(f"latents must be (B, {c.in_channels}, H, W) with H and W multiples "
+                             f"of {c.patch_size}, got {tuple(latents.shape)}")
         expected = (latents.shape[0], c.caption_num_tokens, c.caption_channels)
         if tokens.shape != expected:
             raise ValueError(f"encoder_hidden_states must be {expected}, got {tuple(tokens.shape)}")

@@ -1,7 +1,8 @@
-"""UNI2-h, the frozen tile encoder: a timm vision transformer, its preprocessing, tile → embedding tokens (B, S, E).
+"""UNI2-h, the frozen tile encoder: a timm vision transformer, tiles → tokens (B, S, E).
 
-The same code builds the small encoder of the embedded base: its `config.json` carries `model_args`. For the real
-UNI2-h these arguments are not in the file (timm does not fill them in from the hub), so they stand here.
+Includes its preprocessing. The same code builds the small encoder of the embedded base, whose
+`config.json` carries `model_args`. For the real UNI2-h these arguments are not in the file (timm
+does not fill them in from the hub), so they stand here.
 Source: Chen et al. 2024 (UNI); the architecture is timm's `vit_giant_patch14_224`.
 """
 
@@ -19,8 +20,8 @@ from torch import nn
 from pixcell_min.checkpoint import load_strict, read_json, read_tensors
 
 ARCHITECTURE = "vit_giant_patch14_224"
-UNI2H_ARGS = {"img_size": 224, "patch_size": 14, "depth": 24, "num_heads": 24, "embed_dim": 1536, "init_values": 1e-5,
-              "mlp_ratio": 2.66667 * 2, "reg_tokens": 8}
+UNI2H_ARGS = {"img_size": 224, "patch_size": 14, "depth": 24, "num_heads": 24, "embed_dim": 1536,
+              "init_values": 1e-5, "mlp_ratio": 2.66667 * 2, "reg_tokens": 8}
 WEIGHT_NAMES = ("model.safetensors", "pytorch_model.bin")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CROP = 256  # px: one condition token speaks of one crop of this side, at 0.5 µm/px
@@ -28,18 +29,18 @@ MULTI_CROP_SIDE = 1024  # px: the tile of PixCell-1024, a 4×4 grid of crops
 
 
 class TileEncoder(nn.Module):
-    """Preprocessing and the vision transformer; frozen, evaluation mode, any number of tiles per call."""
+    """Preprocessing and vision transformer; frozen, evaluation mode, any number of tiles a call."""
 
     def __init__(self, model_args=None, mean=IMAGENET_MEAN, std=IMAGENET_STD):
-        """`model_args`: size of the network as in UNI2H_ARGS. Raises: ValueError for arguments timm refuses."""
+        """`model_args`: sizes, as in UNI2H_ARGS. Raises: ValueError for arguments timm refuses."""
         super().__init__()
         args = UNI2H_ARGS if model_args is None else model_args
         if not isinstance(args, dict) or set(args) != set(UNI2H_ARGS):
             raise ValueError(f"model_args must name exactly {sorted(UNI2H_ARGS)}, got {args!r}")
         try:
             self.vit = timm.create_model(
-                ARCHITECTURE, pretrained=False, num_classes=0, no_embed_class=True, dynamic_img_size=True,
-                mlp_layer=SwiGLUPacked, act_layer=nn.SiLU, **args)
+                ARCHITECTURE, pretrained=False, num_classes=0, no_embed_class=True,
+                dynamic_img_size=True, mlp_layer=SwiGLUPacked, act_layer=nn.SiLU, **args)
         except (AssertionError, ArithmeticError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"model_args {args!r}: timm refuses them ({error})") from None
         self.input_size, self.embedding_dim = args["img_size"], args["embed_dim"]
@@ -58,7 +59,8 @@ class TileEncoder(nn.Module):
                              f"expected {ARCHITECTURE!r}")
         path = next((folder / name for name in WEIGHT_NAMES if (folder / name).is_file()), None)
         if path is None:
-            raise ValueError(f"{folder}: no {' or '.join(WEIGHT_NAMES)}; put the encoder's weights there")
+            raise ValueError(
+                f"{folder}: no {' or '.join(WEIGHT_NAMES)}; put the encoder's weights there")
         tensors, _ = read_tensors(path)
         pretrained = config.get("pretrained_cfg") or {}
         encoder = cls(config.get("model_args"), pretrained.get("mean", IMAGENET_MEAN),
@@ -67,22 +69,25 @@ class TileEncoder(nn.Module):
         return encoder.requires_grad_(False).eval()
 
     def forward(self, images):
-        """PIL image(s) or float tensor (3, H, W) / (B, 3, H, W) in [0, 1] → embeddings (B, S, E), in the weights' dtype.
+        """PIL image(s), or float tensor (3, H, W), (B, 3, H, W) in [0, 1] → embeddings (B, S, E).
 
-        S is 16, crops in row order, for 1024×1024 tiles, else 1 (the whole tile, resized to the input size).
-        Differentiable for tensors. Raises: ValueError for other inputs or tiles of mixed crop counts.
+        In the weights' dtype; differentiable for tensors. S is 16, crops in row order, for
+        1024×1024 tiles, else 1 (the whole tile, resized to the input size).
+        Raises: ValueError for other inputs or tiles of mixed crop counts.
         """
         weight = self.vit.patch_embed.proj.weight
-        crops = [self._crops(image) for image in self._as_list(images)]             # each (S, 3, size, size)
+        crops = [self._crops(image) for image in self._as_list(images)]    # each (S, 3, size, size)
         if len({len(c) for c in crops}) != 1:
-            raise ValueError("tiles of 1024×1024 and of other sizes cannot share one call: they differ in tokens")
-        pixels = torch.cat(crops).to(weight.device, weight.dtype)                   # (B·S, 3, size, size)
+            raise ValueError("tiles of 1024×1024 and of other sizes cannot share one call: "
+                             "they differ in tokens")
+        pixels = torch.cat(crops).to(weight.device, weight.dtype)          # (B·S, 3, size, size)
         mean, std = (pixels.new_tensor(v)[:, None, None] for v in (self.mean, self.std))
         return rearrange(self.vit((pixels - mean) / std), "(b s) e -> b s e", b=len(crops))
 
     @staticmethod
     def _as_list(images):
-        if isinstance(images, Image.Image) or (isinstance(images, torch.Tensor) and images.ndim == 3):
+        if isinstance(images, Image.Image) or (
+                isinstance(images, torch.Tensor) and images.ndim == 3):
             images = [images]
         images = list(images)
         if not images:
@@ -90,28 +95,32 @@ class TileEncoder(nn.Module):
         for image in images:
             is_tensor = isinstance(image, torch.Tensor)
             if not is_tensor and not isinstance(image, Image.Image):
-                raise ValueError(f"expected PIL images or float tensors, got {type(image).__name__}")
-            if is_tensor and (image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point()):
-                raise ValueError(f"a tensor tile must be float (3, H, W) in [0, 1], got {image.dtype} "
-                                 f"{tuple(image.shape)}")
+                raise ValueError("expected PIL images or float tensors, "
+                                 f"got {type(image).__name__}")
+            if is_tensor and (
+                    image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point()):
+                raise ValueError("a tensor tile must be float (3, H, W) in [0, 1], "
+                                 f"got {image.dtype} {tuple(image.shape)}")
         return images
 
     def _crops(self, image):
-        """One tile → (S, 3, size, size) in [0, 1]; PIL tiles are resized by PIL, as UNI2-h's own transform does."""
+        """One tile → (S, 3, size, size) in [0, 1]; PIL resizes PIL tiles, as in UNI2-h itself."""
         size = self.input_size
         if isinstance(image, Image.Image):
             image = image.convert("RGB")
             boxes = crop_boxes(*image.size)
             # Cut, then resized: `resize(box=…)` would blend in pixels from beyond the crop.
-            crops = [np.asarray(image.crop(box).resize((size, size), Image.Resampling.BILINEAR)) for box in boxes]
+            crops = [np.asarray(image.crop(box).resize((size, size), Image.Resampling.BILINEAR))
+                     for box in boxes]
             return rearrange(torch.from_numpy(np.stack(crops)), "s h w c -> s c h w").float() / 255
         parts = [image[:, top:bottom, left:right]
                  for left, top, right, bottom in crop_boxes(image.shape[2], image.shape[1])]
-        return F.interpolate(torch.stack(parts).float(), (size, size), mode="bilinear", antialias=True)
+        return F.interpolate(
+            torch.stack(parts).float(), (size, size), mode="bilinear", antialias=True)
 
 
 def crop_boxes(width, height):
-    """(left, top, right, bottom) of the crops to embed: a 4×4 grid for 1024×1024, else the centred square."""
+    """(left, top, right, bottom) of crops: a 4×4 grid for 1024×1024, else the centred square."""
     if (width, height) == (MULTI_CROP_SIDE, MULTI_CROP_SIDE):
         starts = range(0, MULTI_CROP_SIDE, CROP)
         return [(left, top, left + CROP, top + CROP) for top in starts for left in starts]

@@ -1,8 +1,10 @@
-"""The SD 3.5 AutoencoderKL: pixels (B, 3, 8h, 8w) in [−1, 1] ↔ latents (B, C, h, w) of about unit variance.
+"""The SD 3.5 AutoencoderKL: pixels (B, 3, 8h, 8w) in [−1, 1] ↔ latents (B, C, h, w).
 
-Tensor names are diffusers'; there are no quant convolutions. The latent shift and scale live inside `encode` and
-`decode`, so nobody else can forget them:  latents = (z − shift)·scale,  z = latents / scale + shift.
-Sources: Rombach et al. 2022 (the architecture), Esser et al. 2024 (16 channels); must match diffusers.AutoencoderKL.
+Latents have about unit variance. Tensor names are diffusers'; there are no quant convolutions.
+Shift and scale live inside `encode` and `decode`, so nobody else can forget them:
+    latents = (z − shift)·scale,  z = latents / scale + shift
+Sources: Rombach et al. 2022 (the architecture), Esser et al. 2024 (16 channels). Must match
+diffusers.AutoencoderKL.
 """
 
 import math
@@ -19,13 +21,13 @@ from pixcell_min.checkpoint import load_strict, read_json, read_tensors
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 NORM_EPS = 1e-6
 LOGVAR_RANGE = (-30.0, 20.0)  # of the unscaled posterior
-FIXED = {"_class_name": "AutoencoderKL", "act_fn": "silu", "use_quant_conv": False, "use_post_quant_conv": False,
-         "mid_block_add_attention": True}
+FIXED = {"_class_name": "AutoencoderKL", "act_fn": "silu", "use_quant_conv": False,
+         "use_post_quant_conv": False, "mid_block_add_attention": True}
 
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """The fields of `vae/config.json` that shape the network; defaults are those of Stable Diffusion 3.5."""
+    """The fields of `vae/config.json` that shape the network; defaults: Stable Diffusion 3.5's."""
 
     in_channels: int = 3
     out_channels: int = 3
@@ -38,21 +40,23 @@ class VAEConfig:
 
     @classmethod
     def from_dict(cls, config: dict, source="config"):
-        """Pick the known fields. Raises: ValueError naming a missing, mistyped or unsupported field."""
+        """Pick the known fields. Raises: ValueError naming a missing, wrong or unsupported one."""
         for key, value in FIXED.items():
             # Absent quant-convolution switches mean True in diffusers; that is another network.
             if config.get(key, True if key.startswith("use_") else value) != value:
-                raise ValueError(f"{source}: {key} is {config.get(key, True)!r}, only {value!r} is supported")
+                raise ValueError(f"{source}: {key} is {config.get(key, True)!r}, "
+                                 f"only {value!r} is supported")
         names = [field.name for field in fields(cls)]
         if missing := [name for name in names if name not in config]:
-            raise ValueError(f"{source}: not an SD 3.5 VAE configuration, {missing[0]!r} is missing")
+            raise ValueError(
+                f"{source}: not an SD 3.5 VAE configuration, {missing[0]!r} is missing")
         values = {name: config[name] for name in names}
         for name, value in values.items():
             numbers = value if name == "block_out_channels" else [value]
             kind = (int, float) if name.endswith("_factor") else int
             if not isinstance(numbers, list) or not numbers or any(
-                    isinstance(n, bool) or not isinstance(n, kind) or (n <= 0 and name != "shift_factor")
-                    for n in numbers):
+                    isinstance(n, bool) or not isinstance(n, kind)
+                    or (n <= 0 and name != "shift_factor") for n in numbers):
                 raise ValueError(f"{source}: {name} must be a positive number, got {value!r}")
         return cls(**{**values, "block_out_channels": tuple(values["block_out_channels"])})
 
@@ -70,8 +74,8 @@ class ResnetBlock(nn.Module):
             self.conv_shortcut = nn.Conv2d(width_in, width_out, 1)
 
     def forward(self, x):
-        h = self.conv1(F.silu(self.norm1(x)))                                      # (B, out, H, W)
-        h = self.conv2(F.silu(self.norm2(h)))                                      # (B, out, H, W)
+        h = self.conv1(F.silu(self.norm1(x)))                                # (B, out, H, W)
+        h = self.conv2(F.silu(self.norm2(h)))                                # (B, out, H, W)
         return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
 
 
@@ -85,8 +89,8 @@ class SpatialAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
     def forward(self, x):
-        h = rearrange(self.group_norm(x), "b c h w -> b 1 (h w) c")
-        out = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))  # (B, 1, HW, C)
+        h = rearrange(self.group_norm(x), "b c h w -> b 1 (h w) c")          # (B, 1, HW, C)
+        out = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))  # as h
         return x + rearrange(self.to_out[0](out), "b 1 (h w) c -> b c h w", h=x.shape[2])
 
 
@@ -103,7 +107,7 @@ class MidBlock(nn.Module):
 
 
 class Resample(nn.Module):
-    """Halve by a strided convolution padded below and right, or double by nearest neighbour and a convolution."""
+    """Halve by a strided convolution padded below and right, or double (nearest) and convolve."""
 
     def __init__(self, width, down):
         super().__init__()
@@ -111,16 +115,18 @@ class Resample(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, stride=2 if down else 1, padding=0 if down else 1)
 
     def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.down else F.interpolate(x, scale_factor=2.0))
+        return self.conv(
+            F.pad(x, (0, 1, 0, 1)) if self.down else F.interpolate(x, scale_factor=2.0))
 
 
 class Stage(nn.Module):
-    """Some residual blocks at one resolution, then a change of resolution (all stages but the last)."""
+    """Residual blocks at one resolution, then a change of it (in all stages but the last)."""
 
     def __init__(self, width_in, width_out, layers, groups, down, resample):
         super().__init__()
         self.resnets = nn.ModuleList(
-            ResnetBlock(width_in if i == 0 else width_out, width_out, groups) for i in range(layers))
+            ResnetBlock(width_in if i == 0 else width_out, width_out, groups)
+            for i in range(layers))
         self.samplers = "downsamplers" if down else "upsamplers"
         if resample:
             self.add_module(self.samplers, nn.ModuleList([Resample(width_out, down)]))
@@ -141,8 +147,8 @@ class Encoder(nn.Module):
         widths = c.block_out_channels
         self.conv_in = nn.Conv2d(c.in_channels, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
-            Stage(widths[max(i - 1, 0)], width, c.layers_per_block, c.norm_num_groups, True, i + 1 < len(widths))
-            for i, width in enumerate(widths))
+            Stage(widths[max(i - 1, 0)], width, c.layers_per_block, c.norm_num_groups, True,
+                  i + 1 < len(widths)) for i, width in enumerate(widths))
         self.mid_block = MidBlock(widths[-1], c.norm_num_groups)
         self.conv_norm_out = nn.GroupNorm(c.norm_num_groups, widths[-1], eps=NORM_EPS)
         self.conv_out = nn.Conv2d(widths[-1], 2 * c.latent_channels, 3, padding=1)
@@ -155,7 +161,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Unscaled latents (B, C, h, w) → pixels; one residual block more per stage than the encoder."""
+    """Unscaled latents (B, C, h, w) → pixels; one residual block more per stage than Encoder."""
 
     def __init__(self, c: VAEConfig):
         super().__init__()
@@ -163,8 +169,8 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(c.latent_channels, widths[0], 3, padding=1)
         self.mid_block = MidBlock(widths[0], c.norm_num_groups)
         self.up_blocks = nn.ModuleList(
-            Stage(widths[max(i - 1, 0)], width, c.layers_per_block + 1, c.norm_num_groups, False, i + 1 < len(widths))
-            for i, width in enumerate(widths))
+            Stage(widths[max(i - 1, 0)], width, c.layers_per_block + 1, c.norm_num_groups, False,
+                  i + 1 < len(widths)) for i, width in enumerate(widths))
         self.conv_norm_out = nn.GroupNorm(c.norm_num_groups, widths[-1], eps=NORM_EPS)
         self.conv_out = nn.Conv2d(widths[-1], c.out_channels, 3, padding=1)
 
@@ -200,12 +206,13 @@ class AutoencoderKL(nn.Module):
         return model.eval()
 
     def encode(self, pixels):
-        """pixels (B, 3, H, W) in [−1, 1] → (mean, logvar) of the *scaled* latents, each (B, C, H/8, W/8).
+        """pixels (B, 3, H, W) in [−1, 1] → (mean, logvar) of the *scaled* latents.
 
-        Raises: ValueError if H or W is no multiple of 8.
+        Both are (B, C, H/8, W/8). Raises: ValueError if H or W is no multiple of 8.
         """
         if pixels.ndim != 4 or any(n % self.downscale for n in pixels.shape[2:]):
-            raise ValueError(f"pixels must be (B, 3, H, W), multiples of {self.downscale}, got {tuple(pixels.shape)}")
+            raise ValueError(f"pixels must be (B, 3, H, W), multiples of {self.downscale}, "
+                             f"got {tuple(pixels.shape)}")
         mean, logvar = self.encoder(pixels).chunk(2, dim=1)
         scale, shift = self.config.scaling_factor, self.config.shift_factor
         return (mean - shift) * scale, logvar.clamp(*LOGVAR_RANGE) + 2 * math.log(scale)
@@ -215,10 +222,10 @@ class AutoencoderKL(nn.Module):
         return self.decoder(latents / self.config.scaling_factor + self.config.shift_factor)
 
     def decode_tiled(self, latents, tile=64, overlap=16):
-        """`decode` for large images, in latent tiles of side `tile`, cross-faded over `overlap` cells.
+        """`decode` of large images in latent tiles of side `tile`, cross-faded over `overlap`.
 
-        Memory follows the tile, not the image. Differs from `decode`: group norms and attention see one tile at a
-        time. Raises: ValueError unless 0 <= 2·overlap <= tile.
+        Memory follows the tile, not the image. Differs from `decode`: group norms and attention
+        see one tile at a time. Raises: ValueError unless 0 <= 2·overlap <= tile.
         """
         if not 0 <= 2 * overlap <= tile:
             raise ValueError(f"overlap must lie in [0, tile/2], got overlap {overlap}, tile {tile}")
@@ -232,7 +239,8 @@ class AutoencoderKL(nn.Module):
                 fade = [ramp(n, overlap * self.downscale, part) for n in part.shape[2:]]
                 window = fade[0][:, None] * fade[1]
                 if total is None:
-                    total = part.new_zeros(*part.shape[:2], height * self.downscale, width * self.downscale)
+                    total = part.new_zeros(
+                        *part.shape[:2], height * self.downscale, width * self.downscale)
                     weights = torch.zeros_like(total[0, 0])
                 rows, columns = (slice(at * self.downscale, at * self.downscale + n)
                                  for at, n in zip((top, left), part.shape[2:]))
@@ -242,14 +250,14 @@ class AutoencoderKL(nn.Module):
 
 
 def tile_starts(size, tile, overlap):
-    """Offsets of tiles of side `tile` that cover `size`, neighbours sharing at least `overlap` cells."""
+    """Offsets of tiles of side `tile` that cover `size`; neighbours share at least `overlap`."""
     if size <= tile:
         return [0]
     return [*range(0, size - tile, tile - overlap), size - tile]
 
 
 def ramp(size, overlap, like):
-    """Window (size,): rises over the first `overlap` cells, falls over the last, strictly positive."""
+    """Window (size,) above 0: rises over the first `overlap` cells, falls over the last."""
     at = torch.arange(size, device=like.device, dtype=like.dtype)
     return ((torch.minimum(at, size - 1 - at) + 1) / (overlap + 1)).clamp(max=1)
 

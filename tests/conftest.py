@@ -1,4 +1,4 @@
-"""Shared fixtures: a tiny random base in the released folder layout, tiles on disk, and where the project lies."""
+"""Shared fixtures: a tiny random base in the released layout, tiles, and where the project lies."""
 
 import json
 import os
@@ -20,28 +20,32 @@ from pixcell_min.vae import AutoencoderKL, VAEConfig  # noqa: E402
 
 SHARED = ROOT.parent / "shared"  # real tiles and golden cases; the suite passes without them
 TINY_TRANSFORMER = {
-    "_class_name": "PixCellTransformer2DModel", "activation_fn": "gelu-approximate", "attention_bias": True,
-    "attention_head_dim": 8, "attention_type": "default", "caption_channels": 16, "caption_num_tokens": 1,
-    "dropout": 0.0, "in_channels": 16, "interpolation_scale": 0.5, "norm_elementwise_affine": False, "norm_eps": 1e-6,
-    "norm_type": "ada_norm_single", "num_attention_heads": 4, "num_layers": 2, "out_channels": 32, "patch_size": 2,
-    "sample_size": 8, "use_additional_conditions": False,
+    "_class_name": "PixCellTransformer2DModel", "activation_fn": "gelu-approximate",
+    "attention_bias": True, "attention_head_dim": 8, "attention_type": "default",
+    "caption_channels": 16, "caption_num_tokens": 1, "dropout": 0.0, "in_channels": 16,
+    "interpolation_scale": 0.5, "norm_elementwise_affine": False, "norm_eps": 1e-6,
+    "norm_type": "ada_norm_single", "num_attention_heads": 4, "num_layers": 2, "out_channels": 32,
+    "patch_size": 2, "sample_size": 8, "use_additional_conditions": False,
 }
 TINY_VAE = {
-    "_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": [4, 4, 8, 8], "in_channels": 3,
-    "latent_channels": 16, "layers_per_block": 1, "mid_block_add_attention": True, "norm_num_groups": 2,
-    "out_channels": 3, "scaling_factor": 1.5305, "shift_factor": 0.0609, "use_quant_conv": False,
+    "_class_name": "AutoencoderKL", "act_fn": "silu", "block_out_channels": [4, 4, 8, 8],
+    "in_channels": 3, "latent_channels": 16, "layers_per_block": 1,
+    "mid_block_add_attention": True, "norm_num_groups": 2, "out_channels": 3,
+    "scaling_factor": 1.5305, "shift_factor": 0.0609, "use_quant_conv": False,
     "use_post_quant_conv": False,
 }
-TINY_ENCODER = {"img_size": 28, "patch_size": 14, "depth": 1, "num_heads": 2, "embed_dim": 16, "init_values": 1.0,
-                "mlp_ratio": 4.0, "reg_tokens": 2}
-SCHEDULER = {"_class_name": "DPMSolverMultistepScheduler", "beta_end": 0.02, "beta_schedule": "linear",
-             "beta_start": 0.0001, "num_train_timesteps": 1000, "prediction_type": "epsilon"}
+TINY_ENCODER = {"img_size": 28, "patch_size": 14, "depth": 1, "num_heads": 2, "embed_dim": 16,
+                "init_values": 1.0, "mlp_ratio": 4.0, "reg_tokens": 2}
+SCHEDULER = {"_class_name": "DPMSolverMultistepScheduler", "beta_end": 0.02,
+             "beta_schedule": "linear", "beta_start": 0.0001, "num_train_timesteps": 1000,
+             "prediction_type": "epsilon"}
 
-torch.set_num_threads(min(torch.get_num_threads(), int(os.environ.get("PIXCELL_TEST_THREADS", "2"))))
+torch.set_num_threads(
+    min(torch.get_num_threads(), int(os.environ.get("PIXCELL_TEST_THREADS", "2"))))
 
 
 def write_base(folder: Path, seed: int = 0) -> Path:
-    """A 64-px base with random weights, a few thousand parameters, in the layout of a PixCell snapshot."""
+    """A 64-px base of random weights, a few thousand parameters, laid out as a PixCell snapshot."""
     torch.manual_seed(seed)
     transformer = PixCellTransformer(TransformerConfig.from_dict(TINY_TRANSFORMER))
     vae = AutoencoderKL(VAEConfig.from_dict(TINY_VAE))

@@ -229,6 +229,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Truncated File Read")  # Pillow's own word on a cut TIFF
 @pytest.mark.parametrize("name", [*BROKEN, "missing.png", "float.tif", "int.tif", "folder.png"])
 def test_read_refuses_naming_the_file(tmp_path, name):
     path = tmp_path / name
@@ -268,7 +269,7 @@ def test_read_survives_random_damage(tmp_path):
     """Whatever is flipped or cut: an image or a ValueError, no other exception."""
     chance, outcomes = random.Random(0), Counter()
     originals = [encoded(kind) for kind in ("PNG", "JPEG", "TIFF", "BMP", "WEBP")]
-    for _ in range(400):
+    for _ in range(200):
         content = bytearray(chance.choice(originals))
         if chance.random() < 0.3:
             del content[chance.randrange(len(content)):]
@@ -362,7 +363,7 @@ def made_tiles(**classes):
 
 def test_split_is_a_partition_stratified_to_the_tile():
     chance = random.Random(0)
-    for trial in range(200):
+    for trial in range(80):
         sizes = [chance.choice([1, 2, chance.randrange(3, 40)]) for _ in range(chance.randrange(1, 12))]
         tiles = made_tiles(**{f"c{i}": size for i, size in enumerate(sizes)})
         if len(tiles) < 2:
@@ -721,7 +722,7 @@ def test_epochs_differ_and_are_not_shifted_seeds():
 def test_shared_tiles(name, count, classes):
     tiles = find_tiles(SHARED / name)
     assert len(tiles) == count and len({t.label for t in tiles}) == classes
-    chosen = tiles[::4]
+    chosen = tiles[::8]
     for tile, image in load_tiles(chosen, 256, "resize", True, pytest.fail):
         assert image.mode == "RGB" and image.size == (256, 256)
         with Image.open(tile.path) as original:

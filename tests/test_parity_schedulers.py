@@ -67,6 +67,18 @@ def reference_step(scheduler, i, output, x, generator=None, eta=0.0):
     return scheduler.step(output, t, x, **arguments).prev_sample
 
 
+def reference_levels(scheduler):
+    """alpha and sigma of x = alpha·x0 + sigma·ε at every step of diffusers' table."""
+    if isinstance(scheduler, EulerAncestralDiscreteScheduler):
+        return [(1.0, sigma) for sigma in scheduler.sigmas[:-1].tolist()]
+    if isinstance(scheduler, DPMSolverMultistepScheduler):
+        levels = scheduler._sigma_to_alpha_sigma_t(scheduler.sigmas[:-1])
+    else:
+        alphas_cumprod = scheduler.alphas_cumprod[scheduler.timesteps]
+        levels = alphas_cumprod**0.5, (1 - alphas_cumprod) ** 0.5
+    return list(zip(*(level.tolist() for level in levels)))
+
+
 def toy(x, t, prediction_type):
     """A fixed network: what it means by x0 stays near x, as a trained one's does."""
     alphas_cumprod = SCHEDULE.alphas_cumprod[int(t)].item()
@@ -91,6 +103,7 @@ def test_matrix(sampler, options, spacing, prediction_type):
         rows = ours.steps(count)
         theirs = reference(sampler, count, spacing, prediction_type=prediction_type)
         assert [row.timestep for row in rows] == theirs.timesteps.tolist()
+        assert [(row.alpha, row.sigma) for row in rows] == reference_levels(theirs)
         start = randn(1, 2, 2, 2) * ours.init_noise_sigma(count)
         assert ours.init_noise_sigma(count) == float(theirs.init_noise_sigma)
         if count == (999 if prediction_type == "epsilon" else 1000):

@@ -20,13 +20,17 @@ CONFIG_1024 = TransformerConfig(sample_size=128, caption_num_tokens=16, interpol
 OUTSIDE_PIXART = {"caption_projection.uncond_embedding", "y_pos_embed.y_pos_embed"}
 
 
+def close(result, expected, bound=TWIN):
+    torch.testing.assert_close(result, expected, atol=bound, rtol=0)
+
+
 @pytest.mark.parametrize("tokens", [1, 16])
 def test_recorded_outputs_of_the_released_class(tokens):
     folder = DATA / "golden" / f"pixcell-tiny-{tokens}tok"
     case, model = load_file(folder / "io.safetensors"), PixCellTransformer.from_pretrained(folder / "transformer")
     with torch.no_grad():
         output = model(latents=case["latents"], timesteps=case["timesteps"], encoder_hidden_states=case["embeddings"])
-    torch.testing.assert_close(output, case["output"], atol=GOLDEN, rtol=0)
+    close(output, case["output"], GOLDEN)
 
 
 def test_token_positions_equal_the_stored_ones_exactly():
@@ -64,7 +68,7 @@ def test_same_output_as_pixart(tokens, sample_size, interpolation_scale, size):
     with torch.no_grad():
         output = ours(latents, timesteps, embeddings)
         expected = theirs(latents, given, timestep=timesteps).sample
-    torch.testing.assert_close(output, expected, atol=TWIN, rtol=0)
+    close(output, expected)
     assert expected.std() > 0.1
 
 

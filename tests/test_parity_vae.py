@@ -15,6 +15,10 @@ TWIN = 1e-5  # float32; values of order 1, the same kernels, latents shifted and
 SCALE, SHIFT = 1.5305, 0.0609
 
 
+def close(result, expected, bound=TWIN):
+    torch.testing.assert_close(result, expected, atol=bound, rtol=0)
+
+
 def twins(layers, widths=(8, 8, 16, 16), groups=4):
     """Our VAE and diffusers' with the same random weights."""
     torch.manual_seed(0)
@@ -35,11 +39,11 @@ def test_same_moments_and_pixels_as_diffusers(layers, size):
     pixels = torch.rand(2, 3, *size) * 2 - 1
     mean, logvar = ours.encode(pixels)
     posterior = theirs.encode(pixels).latent_dist
-    torch.testing.assert_close(mean, (posterior.mean - SHIFT) * SCALE, atol=TWIN, rtol=0)
+    close(mean, (posterior.mean - SHIFT) * SCALE)
     # Ours is the log variance of the scaled latents, diffusers' of the unscaled.
-    torch.testing.assert_close(logvar - 2 * math.log(SCALE), posterior.logvar, atol=TWIN, rtol=0)
+    close(logvar - 2 * math.log(SCALE), posterior.logvar)
     latents = torch.randn_like(mean)
-    torch.testing.assert_close(ours.decode(latents), theirs.decode(latents / SCALE + SHIFT).sample, atol=TWIN, rtol=0)
+    close(ours.decode(latents), theirs.decode(latents / SCALE + SHIFT).sample)
     assert mean.std() > 0.1 and ours.decode(latents).std() > 0.1
 
 
@@ -48,9 +52,9 @@ def test_same_maths_in_float64():
     ours, theirs = (vae.double() for vae in twins(2))
     pixels, latents = torch.rand(1, 3, 16, 24).double() * 2 - 1, torch.randn(1, 16, 2, 3).double()
     mean = (theirs.encode(pixels).latent_dist.mean - SHIFT) * SCALE
-    torch.testing.assert_close(ours.encode(pixels)[0], mean, atol=1e-12, rtol=0)
-    torch.testing.assert_close(
-        ours.decode(latents), theirs.decode(latents / SCALE + SHIFT).sample, atol=1e-12, rtol=0)
+    close(ours.encode(pixels)[0], mean, 1e-12)
+    close(
+        ours.decode(latents), theirs.decode(latents / SCALE + SHIFT).sample, 1e-12)
 
 
 def test_names_and_shapes_are_those_of_stable_diffusion_3_5():

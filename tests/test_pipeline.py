@@ -16,6 +16,10 @@ ROUNDING = 1e-5  # float32, latents of order 1 to 10: the same sums in another o
 FUSED = 1e-4  # (W + s·B·A)·x rounds once, W·x + s·B·(A·x) thrice; over ten steps
 
 
+def close(result, expected, bound=ROUNDING):
+    torch.testing.assert_close(result, expected, atol=bound, rtol=0)
+
+
 def loaded(folder, mixed_precision="no"):
     return load_pixcell_base(folder, "cpu", mixed_precision)
 
@@ -146,7 +150,7 @@ def test_guidance_moves_from_the_null_embedding_past_the_condition(pipeline):
     for output in given:
         assert output.shape == (1, 32, 8, 8)
         expected = (null + 3.0 * (2.0 - null)).expand(1, 16, 8, 8)
-        torch.testing.assert_close(output[:, :16], expected, atol=ROUNDING, rtol=0)
+        close(output[:, :16], expected)
         assert (output[:, 16:] == 0.25).all()  # a learned variance is not guided
 
 
@@ -157,9 +161,9 @@ def test_guidance_one_is_the_condition_alone(pipeline):
     assert len(network.calls) == 3 and all(torch.equal(tokens, embeddings()) for _, _, tokens in network.calls)
     # The limit of the general formula, and guidance 0 the null embedding's.
     near = latents_of(pipeline, guidance_scale=1 + 1e-6)
-    torch.testing.assert_close(latents_of(pipeline, guidance_scale=1), near, atol=FUSED, rtol=0)
+    close(latents_of(pipeline, guidance_scale=1), near, FUSED)
     null = latents_of(pipeline, condition=pipeline.transformer.uncond_embedding[None], guidance_scale=1)
-    torch.testing.assert_close(latents_of(pipeline, guidance_scale=0), null, atol=FUSED, rtol=0)
+    close(latents_of(pipeline, guidance_scale=0), null, FUSED)
     assert not torch.equal(latents_of(pipeline, guidance_scale=2.0), latents_of(pipeline, guidance_scale=1))
 
 

@@ -42,19 +42,22 @@ def test_random_crops_are_windows_of_their_tile():
     assert torch.equal(crops, pretrain.random_crops(tiles, 20, 8, generator()))
 
 
-@pytest.mark.parametrize("step, factor", [(0, 1 / 50), (49, 1.0), (699, 1.0), (850, 0.5), (1000, 0.0)])
+@pytest.mark.parametrize("step, factor", [
+    (0, 1 / 50), (49, 1.0), (699, 1.0), (850, 0.5), (1000, 0.0)])
 def test_rate_rises_stays_and_falls(step, factor):
     assert pretrain.rate_factor(step, 1000) == pytest.approx(factor)
 
 
 def test_matrices_go_to_muon_and_all_other_weights_to_adamw(tmp_path):
-    module = torch.nn.ModuleDict({"inner": torch.nn.Conv2d(4, 4, 3), "conv_in": torch.nn.Conv2d(3, 4, 3)})
+    module = torch.nn.ModuleDict(
+        {"inner": torch.nn.Conv2d(4, 4, 3), "conv_in": torch.nn.Conv2d(3, 4, 3)})
     trainer = pretrain.Trainer({"m": module}, 1e-3, tmp_path / "state.pt")
     assert [view.shape for view in trainer.views] == [(4, 36)]
-    assert len(trainer.optimizers[0].param_groups[0]["params"]) == 3  # two biases and the first layer's weight
+    assert len(trainer.optimizers[0].param_groups[0]["params"]) == 3  # 2 biases, conv_in's weight
     before = [p.detach().clone() for p in module.parameters()]
     trainer.update(sum(p.square().sum() for p in module.parameters()), 100)
-    assert all(not torch.equal(a, b) for a, b in zip(before, module.parameters()))  # the views share memory
+    # The views share memory.
+    assert all(not torch.equal(a, b) for a, b in zip(before, module.parameters()))
 
 
 def test_a_resumed_stage_equals_an_uninterrupted_one(tmp_path):
@@ -83,11 +86,13 @@ def test_a_miniature_base_is_made_and_loads_like_any_other(tmp_path, monkeypatch
         pretrain.NANO_VAE, block_out_channels=(8, 8, 8, 8), norm_num_groups=4))
     monkeypatch.setattr(pretrain, "NANO_ENCODER", {**TINY_ENCODER, "img_size": 56})
     monkeypatch.setattr(pretrain, "NANO_TRANSFORMER", dataclasses.replace(
-        pretrain.NANO_TRANSFORMER, num_layers=1, num_attention_heads=2, attention_head_dim=8, caption_channels=16))
+        pretrain.NANO_TRANSFORMER, num_layers=1, num_attention_heads=2, attention_head_dim=8,
+        caption_channels=16))
     for name in ("VAE_BATCH", "BATCH_128", "BATCH_256"):
         monkeypatch.setattr(pretrain, name, 2)
-    flags = ["--out", str(tmp_path / "base"), "--work", str(tmp_path / "work"), "--procedural", "3", "--vae-steps", "2",
-             "--half-steps", "2", "--steps", "2", "--no-bf16"]
+    flags = ["--out", str(tmp_path / "base"), "--work", str(tmp_path / "work"),
+             "--procedural", "3", "--vae-steps", "2", "--half-steps", "2", "--steps", "2",
+             "--no-bf16"]
     assert pretrain.main(flags) == 0
     pipeline = load_pixcell_base(tmp_path / "base", "cpu", "no")
     image = pipeline(pipeline.encoder(render_tile(1)), num_inference_steps=2).images[0]
@@ -98,8 +103,8 @@ def test_a_miniature_base_is_made_and_loads_like_any_other(tmp_path, monkeypatch
 
 def test_missing_images_are_one_line(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    assert pretrain.main(["--out", str(tmp_path / "b"), "--work", str(tmp_path / "w"), "--procedural", "1",
-                          "--open-tiles", str(tmp_path / "empty")]) == 2
+    assert pretrain.main(["--out", str(tmp_path / "b"), "--work", str(tmp_path / "w"),
+                          "--procedural", "1", "--open-tiles", str(tmp_path / "empty")]) == 2
     assert capsys.readouterr().err.rstrip().endswith("expected .png, .jpg or .tif files")
 
 

@@ -1,4 +1,4 @@
-"""sample.py end to end on a tiny random base: what it writes, that bytes repeat, what it refuses."""
+"""sample.py end to end on a tiny random base: what it writes, repeats bit for bit, refuses."""
 
 import pickle
 
@@ -14,30 +14,33 @@ from pixcell_min.images import read_settings
 
 @pytest.fixture(scope="module")
 def run(tiny_base, tmp_path_factory):
-    """A run of two steps on procedural-sized noise tiles, at a rate that visibly changes the images."""
+    """A run of two steps on noise tiles, at a rate that visibly changes the images."""
     folder = tmp_path_factory.mktemp("sample")
     for i in range(4):
         tile = Image.effect_noise((64, 64), 80).convert("RGB")
         (folder / "tiles" / "TUM").mkdir(parents=True, exist_ok=True)
         tile.save(folder / "tiles" / "TUM" / f"{i}.png")
-    assert train.main(["--rank", "2", "--base", str(tiny_base), "--data", str(folder / "tiles"), "--out",
-                       str(folder / "run"), "--cache", str(folder / "cache"), "--max-train-steps", "2",
-                       "--mixed-precision", "no", "--sample-count", "0", "--warmup-steps", "0", "--no-dihedral",
-                       "--learning-rate", "0.05", "--adapter-learning-rate", "0.05", "--batch-size", "2"]) == 0
+    assert train.main(["--rank", "2", "--base", str(tiny_base), "--data", str(folder / "tiles"),
+                       "--out", str(folder / "run"), "--cache", str(folder / "cache"),
+                       "--max-train-steps", "2", "--mixed-precision", "no", "--sample-count", "0",
+                       "--warmup-steps", "0", "--no-dihedral", "--learning-rate", "0.05",
+                       "--adapter-learning-rate", "0.05", "--batch-size", "2"]) == 0
     return folder / "run"
 
 
 @pytest.fixture
 def flags(run, tmp_path):
-    return ["--image", str(run.parent / "tiles" / "TUM" / "0.png"), "--run", str(run), "--steps", "3", "--out",
-            str(tmp_path / "out"), "--mixed-precision", "no"]
+    return ["--image", str(run.parent / "tiles" / "TUM" / "0.png"), "--run", str(run),
+            "--steps", "3", "--out", str(tmp_path / "out"), "--mixed-precision", "no"]
 
 
 def test_writes_png_with_its_settings(flags, tmp_path):
     assert sample.main([*flags, "--num-images", "2", "--seed", "5", "--scheduler", "ddpm"]) == 0
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0_seed5.png", "0_seed6.png"]
+    assert (sorted(path.name for path in (tmp_path / "out").iterdir())
+            == ["0_seed5.png", "0_seed6.png"])
     settings = read_settings(tmp_path / "out" / "0_seed6.png")
-    assert settings["seed"] == 6 and settings["scheduler"] == "ddpm" and settings["num_inference_steps"] == 3
+    assert (settings["seed"] == 6 and settings["scheduler"] == "ddpm"
+            and settings["num_inference_steps"] == 3)
     assert len(settings["lora_hash"]) == len(settings["base_hash"]) == 64
     assert Image.open(tmp_path / "out" / "0_seed5.png").size == (64, 64)
 
@@ -46,7 +49,8 @@ def test_same_bytes_for_the_same_seed_however_many_images_and_tiles(flags, run, 
     assert sample.main([*flags, "--seed", "1"]) == 0
     alone = (tmp_path / "out" / "0_seed1.png").read_bytes()
     tiles = str(run.parent / "tiles" / "TUM")
-    assert sample.main([*flags, "--image", tiles, "--num-images", "3", "--out", str(tmp_path / "many")]) == 0
+    assert sample.main(
+        [*flags, "--image", tiles, "--num-images", "3", "--out", str(tmp_path / "many")]) == 0
     assert (tmp_path / "many" / "0_seed1.png").read_bytes() == alone
     assert (tmp_path / "many" / "0_seed0.png").read_bytes() != alone
 
@@ -61,7 +65,8 @@ def test_compare_puts_real_base_and_adapted_side_by_side(flags, run, tmp_path):
         assert adapted.tobytes() == Image.open(tmp_path / "out" / "0_seed0.png").tobytes()
         assert base.tobytes() != adapted.tobytes()
     no_run = [flag for flag in flags if flag not in ("--run", str(run))]
-    assert sample.main([*no_run, "--base", train_base(run), "--compare", "--out", str(tmp_path / "plain")]) == 0
+    assert sample.main(
+        [*no_run, "--base", train_base(run), "--compare", "--out", str(tmp_path / "plain")]) == 0
     assert Image.open(tmp_path / "plain" / "0_compare.png").size == (2 * 64 + 4, 84)
     assert Image.open(tmp_path / "plain" / "0_seed0.png").tobytes() == base.tobytes()
 
@@ -75,7 +80,8 @@ def test_lora_scale_zero_without_adapter_is_the_base(flags, run, tmp_path):
     lora = ["--lora", str(run / "lora_weights.safetensors"), "--base", train_base(run)]
     no_run = [flag for flag in flags if flag not in ("--run", str(run))]
     images = []
-    for name, extra in (("off", [*lora, "--lora-scale", "0"]), ("on", lora), ("base", ["--base", train_base(run)])):
+    for name, extra in (("off", [*lora, "--lora-scale", "0"]), ("on", lora),
+                        ("base", ["--base", train_base(run)])):
         assert sample.main([*no_run, *extra, "--out", str(tmp_path / name)]) == 0
         images.append(Image.open(tmp_path / name / "0_seed0.png").tobytes())
     assert images[0] == images[2] != images[1]
@@ -89,7 +95,8 @@ def test_a_folder_keeps_its_class_folders(flags, run, tmp_path):
 def test_the_adapter_may_be_a_pth(flags, run, tmp_path):
     save_adapter(load_adapter(run / "adapter.safetensors"), tmp_path / "adapter.pth")
     assert sample.main(flags) == 0
-    assert sample.main([*flags, "--adapter", str(tmp_path / "adapter.pth"), "--out", str(tmp_path / "pth")]) == 0
+    assert sample.main([*flags, "--adapter", str(tmp_path / "adapter.pth"),
+                        "--out", str(tmp_path / "pth")]) == 0
     assert (Image.open(tmp_path / "pth" / "0_seed0.png").tobytes()
             == Image.open(tmp_path / "out" / "0_seed0.png").tobytes())
 
@@ -149,15 +156,17 @@ def test_two_tiles_of_one_name_are_refused(flags, run, tmp_path, capsys):
     assert "both" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("extra", [["--steps", "0"], ["--steps", "1001"], ["--num-images", "0"], ["--seed", "-1"],
-                                   ["--scheduler", "heun"], ["--lora-scale", "nan"], ["--guidance-scale", "-1"]])
+@pytest.mark.parametrize("extra", [
+    ["--steps", "0"], ["--steps", "1001"], ["--num-images", "0"], ["--seed", "-1"],
+    ["--scheduler", "heun"], ["--lora-scale", "nan"], ["--guidance-scale", "-1"]])
 def test_flags_out_of_range_exit_2(extra, flags, capsys):
     with pytest.raises(SystemExit) as stop:
         sample.main([*flags, *extra])
     assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
-@pytest.mark.skipif(not (SHARED / "data" / "target_nct").is_dir(), reason="no ../shared with real tiles")
+@pytest.mark.skipif(not (SHARED / "data" / "target_nct").is_dir(),
+                    reason="no ../shared with real tiles")
 def test_a_real_tile_is_sampled(flags, tmp_path):
     tile = next((SHARED / "data" / "target_nct" / "TUM").iterdir())
     assert sample.main([*flags, "--image", str(tile)]) == 0

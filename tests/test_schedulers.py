@@ -156,7 +156,9 @@ def test_config_of_pixcell():
 
 def test_config_of_stable_diffusion():
     config = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
-    betas = NoiseSchedule.from_config(config).betas
+    schedule = NoiseSchedule.from_config(config | {"prediction_type": "v_prediction"})
+    assert schedule.prediction_type == "v_prediction"
+    betas = schedule.betas
     torch.testing.assert_close(betas.sqrt().diff().mean(), betas.sqrt().diff().max(), rtol=1e-3, atol=0)
     assert betas[[0, -1]].tolist() == pytest.approx([0.00085, 0.012], rel=1e-6)
 
@@ -180,8 +182,8 @@ def test_config_keys_of_the_samplers_are_ignored():
     dict(use_flow_sigmas=True), dict(use_dynamic_shifting=True), dict(euler_at_final=True),
     dict(algorithm_type="sde-dpmsolver++"), dict(solver_type="heun"), dict(solver_order=3),
     dict(final_sigmas_type="sigma_min"), dict(lambda_min_clipped=-5.1), dict(beta_schedule="sigmoid"),
-    dict(beta_schedule=None), dict(prediction_type="flow_prediction"), dict(trained_betas=[0.1]),
-    dict(num_train_timesteps=0), dict(num_train_timesteps="1000"), dict(beta_start="0.1"),
+    dict(beta_schedule=None), dict(prediction_type="flow_prediction"), dict(trained_betas=[0.1]), dict(trained_betas=3),
+    dict(num_train_timesteps=0), dict(num_train_timesteps=-1), dict(num_train_timesteps="1000"), dict(beta_start="0.1"),
     dict(beta_start=-0.1), dict(beta_end=1.5), dict(beta_end=math.nan),
 ], ids=str)  # fmt: skip
 def test_config_that_changes_results_is_refused(change):
@@ -194,7 +196,7 @@ def test_trap_13_zero_terminal_snr_is_refused():
     for betas in ([0.1, 1.0], [0.9] * 50):  # 1e-50 is 0 in float32
         with pytest.raises(ValueError, match="zero terminal SNR needs v-prediction"):
             NoiseSchedule(torch.tensor(betas))
-    for betas in ([], [0.0, 0.1], [math.nan]):
+    for betas in ([], [0.0, 0.1], [math.nan], [1.5, 1.5], [0.1, -0.1]):
         with pytest.raises(ValueError, match="betas"):
             NoiseSchedule(torch.tensor(betas))
 
@@ -258,6 +260,18 @@ def test_trap_2_spacings_of_twenty_steps():
     assert ends(DPMSolverPP2M, "leading") == [940, 893, 94, 47]
     for sampler in SAMPLERS:
         assert ends(sampler, "trailing") == [999, 949, 99, 49]
+
+
+def test_euler_sigmas_are_linear_between_timesteps():
+    row = EulerAncestral(SCHEDULE).steps(20)[1]
+    low, high = SCHEDULE.sigmas[946:948].tolist()
+    assert row.timestep == pytest.approx(18 * 999 / 19)
+    assert row.sigma == pytest.approx(low + (high - low) * (row.timestep - 946), rel=1e-6)
+
+
+def test_ddim_noise_is_proportional_to_eta():
+    full, half = (DDIM(SCHEDULE, eta=eta).steps(10) for eta in (1.0, 0.5))
+    assert all(b.noise_std == pytest.approx(a.noise_std / 2) for a, b in zip(full, half))
 
 
 def test_trap_3_trailing_gives_the_asked_number_of_steps():

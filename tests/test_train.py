@@ -1,4 +1,4 @@
-"""train.py end to end on a tiny random base: what a run writes, what it refuses, resuming, accumulation, fp16."""
+"""train.py end to end on a tiny random base: what it writes and refuses, resuming, one step."""
 
 import dataclasses
 import json
@@ -20,18 +20,21 @@ from pixcell_min.config import Config, read_yaml
 from pixcell_min.images import read_settings
 from pixcell_min.lora import inject_lora, load_lora, lora_layers, lora_parameters
 from pixcell_min.schedulers import NoiseSchedule
-from pixcell_min.training import Batch, build_optimizer, build_scaler, diffusion_loss, optimizer_step
+from pixcell_min.training import (Batch, build_optimizer, build_scaler, diffusion_loss,
+                                  optimizer_step)
 
-RUN_FILES = {"config.yaml", "lora_weights.safetensors", "adapter.safetensors", "metrics.jsonl", "state.pt"}
+RUN_FILES = {"config.yaml", "lora_weights.safetensors", "adapter.safetensors", "metrics.jsonl",
+             "state.pt"}
 
 
 @pytest.fixture
 def arguments(tiny_base, tiles, tmp_path):
     """Flags of a run of a few float32 steps."""
-    return ["--rank", "2", "--alpha", "4", "--base", str(tiny_base), "--data", str(tiles), "--cache",
-            str(tmp_path / "cache"), "--out", str(tmp_path / "run"), "--max-train-steps", "4", "--batch-size", "2",
-            "--gradient-accumulation-steps", "2", "--mixed-precision", "no", "--sample-count", "0",
-            "--validation-fraction", "0.25", "--warmup-steps", "1", "--learning-rate", "0.01"]
+    return ["--rank", "2", "--alpha", "4", "--base", str(tiny_base), "--data", str(tiles),
+            "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "run"),
+            "--max-train-steps", "4", "--batch-size", "2", "--gradient-accumulation-steps", "2",
+            "--mixed-precision", "no", "--sample-count", "0", "--validation-fraction", "0.25",
+            "--warmup-steps", "1", "--learning-rate", "0.01"]
 
 
 def metrics(run):
@@ -39,7 +42,8 @@ def metrics(run):
 
 
 def weights(run):
-    return {name: read_tensors(run / name)[0] for name in ("lora_weights.safetensors", "adapter.safetensors")}
+    return {name: read_tensors(run / name)[0]
+            for name in ("lora_weights.safetensors", "adapter.safetensors")}
 
 
 def assert_same_weights(first, second):
@@ -63,7 +67,7 @@ def test_a_run_writes_its_files_and_they_load_again(arguments, tmp_path, capsys)
     grid = run / "samples" / "grid.png"
     assert read_settings(grid)["scheduler"] == "dpmpp_2m"
     out = capsys.readouterr().out
-    # Two blocks: attn1 4 layers and attn2 to_v, to_out.0, each 2 · 2 · 32; adapter 16·4 + 4 + 4·16 + 16.
+    # Two blocks: attn1 4 layers, attn2 to_v, to_out.0, each 2·2·32; adapter 16·4 + 4 + 4·16 + 16.
     assert "LoRA 1,536 + adapter 148 = 1,684 parameters, 2.84 %" in out
     assert "not adapted: 4 query and key layers" in out
 
@@ -73,8 +77,10 @@ def train_base(arguments):
 
 
 def test_training_lowers_the_validation_loss(arguments, tmp_path):
-    assert train.main([*arguments, "--max-train-steps", "40", "--adapter-learning-rate", "0.01"]) == 0
-    losses = [line["validation_loss"] for line in metrics(tmp_path / "run") if "validation_loss" in line]
+    assert train.main(
+        [*arguments, "--max-train-steps", "40", "--adapter-learning-rate", "0.01"]) == 0
+    losses = [line["validation_loss"] for line in metrics(tmp_path / "run")
+              if "validation_loss" in line]
     assert losses[-1] < losses[0]
 
 
@@ -92,7 +98,7 @@ def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(arguments, tmp_path
     monkeypatch.setattr(train, "rate_factor", stop_at)
     assert train.main([*arguments, "--save-every", "2", "--lora-dropout", "0.2"]) == 130
     monkeypatch.undo()
-    assert train.main(["--resume", "--out", str(tmp_path / "run")]) == 0  # its settings come from the run folder
+    assert train.main(["--resume", "--out", str(tmp_path / "run")]) == 0  # settings: the folder's
     assert_same_weights(weights(tmp_path / "run"), whole)
     assert [line["step"] for line in metrics(tmp_path / "run") if "loss" in line] == [1, 2, 3, 4]
 
@@ -103,7 +109,8 @@ def test_resume_refuses_other_settings_and_names_them(arguments, tmp_path, capsy
     assert "seed 0 → 7" in capsys.readouterr().err
 
 
-def test_existing_run_is_refused_and_overwritten_only_when_all_else_is_good(arguments, tmp_path, capsys):
+def test_existing_run_is_refused_and_overwritten_only_when_all_else_is_good(
+        arguments, tmp_path, capsys):
     assert train.main([*arguments, "--max-train-steps", "1"]) == 0
     before = weights(tmp_path / "run")
     assert train.main(arguments) == 2
@@ -130,7 +137,8 @@ def test_dry_run_prints_settings_and_writes_nothing(arguments, tmp_path, capsys)
 def test_without_data_it_trains_on_procedural_tiles(arguments, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "PROCEDURAL_TILES", 9)
     at = arguments.index("--data")
-    assert train.main([*arguments[:at], *arguments[at + 2:], "--max-train-steps", "1", "--no-dihedral"]) == 0
+    assert train.main([*arguments[:at], *arguments[at + 2:], "--max-train-steps", "1",
+                       "--no-dihedral"]) == 0
     assert len(list((tmp_path / "cache" / "procedural-second-9").rglob("*.png"))) == 9
 
 
@@ -150,7 +158,8 @@ def test_bad_input_is_one_line_and_exit_2_and_leaves_nothing(name, arguments, tm
     flags, named = BAD_INPUT[name]
     assert train.main([*arguments, *flags]) == 2
     captured = capsys.readouterr().err
-    assert captured.count("\n") == 1 and captured.startswith("train.py: error: ") and named in captured
+    assert (captured.count("\n") == 1 and captured.startswith("train.py: error: ")
+            and named in captured)
     assert not (tmp_path / "run").exists()
 
 
@@ -185,15 +194,17 @@ def test_broken_base_is_named(damage, arguments, tmp_path, capsys):
 
 
 def test_a_wrong_flag_ends_the_process_with_code_2_and_one_line():
-    done = subprocess.run([sys.executable, ROOT / "train.py", "--rank", "0"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py", "--rank", "0"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--rank" in done.stderr
 
 
-# --- one optimizer step -------------------------------------------------------------------------------------------
+# --- one optimizer step ---------------------------------------------------------------------------
 
 def small_problem(tiny_base, dtype=torch.float32):
     transformer = load_pixcell_base(tiny_base, "cpu", "no").transformer.to(dtype)
-    inject_lora(transformer, 2, 4, exclude=transformer.inert_layers(), generator=torch.Generator().manual_seed(0))
+    inject_lora(transformer, 2, 4, exclude=transformer.inert_layers(),
+                generator=torch.Generator().manual_seed(0))
     adapter = EmbeddingAdapter(16, generator=torch.Generator().manual_seed(2))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():  # B = 0 would hide A's gradients
@@ -218,9 +229,10 @@ def test_accumulated_gradients_equal_the_full_batch_ragged_batches_included(tiny
     gradients = []
     for sizes in ([7], [3, 3, 1]):
         transformer, adapter, _ = small_problem(tiny_base, torch.float64)
-        optimizer = build_optimizer(lora_parameters(transformer), adapter.parameters(), 1e-4, 1e-3, 0.0)
+        optimizer = build_optimizer(
+            lora_parameters(transformer), adapter.parameters(), 1e-4, 1e-3, 0.0)
 
-        def loss_of(batch):  # diffusion_loss is float32 by design; float64 shows the sums to be the same
+        def loss_of(batch):  # diffusion_loss is float32; float64 shows the sums to be the same
             epsilon = transformer(batch.latents, batch.timesteps, adapter(batch.embeddings))[:, :16]
             return (epsilon - batch.noise).square().mean((1, 2, 3))
 
@@ -229,7 +241,8 @@ def test_accumulated_gradients_equal_the_full_batch_ragged_batches_included(tiny
         gradients.append([p.grad for group in optimizer.param_groups for p in group["params"]] + [
             torch.tensor(report.loss)])
     for full, accumulated in zip(*gradients):
-        torch.testing.assert_close(full, accumulated, rtol=1e-9, atol=1e-15)  # float64, sums in another order
+        # float64, sums in another order
+        torch.testing.assert_close(full, accumulated, rtol=1e-9, atol=1e-15)
     assert all(g.abs().max() > 0 for g in gradients[0])
 
 
@@ -238,8 +251,8 @@ def test_base_stays_bit_equal_and_only_lora_and_adapter_move(tiny_base):
     optimizer = build_optimizer(lora_parameters(transformer), adapter.parameters(), 1e-2, 1e-2, 0.0)
     frozen = {n: p.clone() for n, p in transformer.state_dict().items() if "lora_" not in n}
     moving = [p.clone() for p in [*lora_parameters(transformer), *adapter.parameters()]]
-    optimizer_step(lambda batch: diffusion_loss(transformer, adapter, schedule, batch), [random_batch(4, 1)],
-                   optimizer, build_scaler("cpu", None), 1.0)
+    optimizer_step(lambda batch: diffusion_loss(transformer, adapter, schedule, batch),
+                   [random_batch(4, 1)], optimizer, build_scaler("cpu", None), 1.0)
     assert all(torch.equal(value, transformer.state_dict()[n]) for n, value in frozen.items())
     assert all(not torch.equal(a, b) for a, b in
                zip(moving, [*lora_parameters(transformer), *adapter.parameters()]))
@@ -254,7 +267,8 @@ def test_loss_is_the_mean_squared_error_of_epsilon_and_ignores_the_variance_chan
     tokens = torch.stack([transformer.uncond_embedding if dropped else adapter(embedding)
                           for dropped, embedding in zip(batch.dropped, batch.embeddings)])
     epsilon = transformer(noisy, batch.timesteps, tokens)[:, :16]
-    torch.testing.assert_close(losses, (epsilon - batch.noise).square().mean((1, 2, 3)), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(losses, (epsilon - batch.noise).square().mean((1, 2, 3)), rtol=1e-5,
+                               atol=1e-6)
     assert batch.dropped.any() and not batch.dropped.all()
 
 
@@ -270,35 +284,41 @@ def test_fp16_step_unscales_before_clipping_and_skips_infinities(tiny_base):
     transformer.set_float32_attention(True)
     optimizer = build_optimizer(lora_parameters(transformer), adapter.parameters(), 1e-3, 1e-3, 0.0)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    loss_of = lambda batch: diffusion_loss(transformer, adapter, schedule, batch, torch.float16)  # noqa: E731
+    loss_of = lambda batch: diffusion_loss(  # noqa: E731
+        transformer, adapter, schedule, batch, torch.float16)
     report = optimizer_step(loss_of, [random_batch(2, 3)], optimizer, scaler, 0.5)
-    norm = torch.stack([p.grad.norm() for g in optimizer.param_groups for p in g["params"]]).norm().item()
+    norm = torch.stack([p.grad.norm() for g in optimizer.param_groups
+                        for p in g["params"]]).norm().item()
     assert not report.skipped and norm == pytest.approx(min(0.5, report.grad_norm), rel=1e-3)
 
     before = [p.clone() for g in optimizer.param_groups for p in g["params"]]
-    report = optimizer_step(lambda batch: loss_of(batch) * torch.inf, [random_batch(2, 4)], optimizer, scaler, 0.5)
+    report = optimizer_step(lambda batch: loss_of(batch) * torch.inf, [random_batch(2, 4)],
+                            optimizer, scaler, 0.5)
     assert report.skipped and scaler.get_scale() == 2.0**9
-    assert all(torch.equal(a, b) for a, b in zip(before, [p for g in optimizer.param_groups for p in g["params"]]))
+    assert all(torch.equal(a, b) for a, b in
+               zip(before, [p for g in optimizer.param_groups for p in g["params"]]))
 
 
 def test_a_gradient_that_is_not_finite_stops_a_run_without_scaler(tiny_base):
     transformer, adapter, schedule = small_problem(tiny_base)
     optimizer = build_optimizer(lora_parameters(transformer), adapter.parameters(), 1e-3, 1e-3, 0.0)
     with pytest.raises(ValueError, match="not finite"):
-        optimizer_step(lambda batch: diffusion_loss(transformer, adapter, schedule, batch) * torch.inf,
-                       [random_batch(2, 4)], optimizer, build_scaler("cpu", None), 1.0)
+        optimizer_step(
+            lambda batch: diffusion_loss(transformer, adapter, schedule, batch) * torch.inf,
+            [random_batch(2, 4)], optimizer, build_scaler("cpu", None), 1.0)
 
 
 def test_lora_and_adapter_have_rates_of_their_own(tiny_base):
     transformer, adapter, _ = small_problem(tiny_base)
-    optimizer = build_optimizer(lora_parameters(transformer), adapter.parameters(), 1e-4, 1e-3, 0.01)
+    optimizer = build_optimizer(
+        lora_parameters(transformer), adapter.parameters(), 1e-4, 1e-3, 0.01)
     assert [group["lr"] for group in optimizer.param_groups] == [1e-4, 1e-3]
     assert len(optimizer.param_groups[1]["params"]) == 4
 
 
 @pytest.mark.parametrize("step, schedule, factor", [
-    (0, "cosine", 0.1), (9, "cosine", 1.0), (10, "cosine", 1.0), (60, "cosine", 0.5), (110, "cosine", 0.0),
-    (4, "constant", 0.5), (90, "constant", 1.0)])
+    (0, "cosine", 0.1), (9, "cosine", 1.0), (10, "cosine", 1.0), (60, "cosine", 0.5),
+    (110, "cosine", 0.0), (4, "constant", 0.5), (90, "constant", 1.0)])
 def test_rate_factor(step, schedule, factor):
     assert training.rate_factor(step, 10, 110, schedule) == pytest.approx(factor, abs=1e-12)
 
@@ -309,11 +329,12 @@ def test_validation_is_the_same_each_time_and_restores_the_mode(arguments, tiny_
     adapter = train.make_trainable(config, pipeline)
     _, validation = train.load_features(config, pipeline)
     pipeline.transformer.train()
-    values = {training.validation_loss(pipeline.transformer, adapter, pipeline.schedule, validation, size, 0)
-              for size in (2, 2)}
+    values = {training.validation_loss(pipeline.transformer, adapter, pipeline.schedule, validation,
+                                       size, 0) for size in (2, 2)}
     assert len(values) == 1 and pipeline.transformer.training
-    other = training.validation_loss(pipeline.transformer, adapter, pipeline.schedule, validation, 5, 0)
-    assert other == pytest.approx(values.pop(), rel=1e-5)  # micro-batch size does not change what is measured
+    other = training.validation_loss(pipeline.transformer, adapter, pipeline.schedule, validation,
+                                     5, 0)
+    assert other == pytest.approx(values.pop(), rel=1e-5)  # whatever the micro-batch size
 
 
 def test_saved_lora_reloads_to_the_same_forward(arguments, tiny_base, tmp_path):

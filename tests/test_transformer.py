@@ -22,6 +22,10 @@ HALF_ROUNDING = 2e-3  # float16 keeps 11 bits: 4.9e-4 of each value, a few of th
 BF16_ROUNDING = 2e-2  # bfloat16 keeps 8 bits: 3.9e-3 of each value, a few of them summed
 
 
+def close(result, expected, bound=ROUNDING):
+    torch.testing.assert_close(result, expected, atol=bound, rtol=0)
+
+
 def tiny(tokens=1, **changes):
     torch.manual_seed(0)
     config = {**TINY_TRANSFORMER, "caption_num_tokens": tokens, **changes}
@@ -46,7 +50,7 @@ def test_cross_attention_to_one_token_is_exactly_its_projected_value():
     weights = (q @ k.transpose(2, 3) / math.sqrt(8)).softmax(-1)
     assert torch.equal(weights, torch.ones(2, 3, 10, 1))
     general = attention.to_out[0]((weights @ v).transpose(1, 2).reshape(2, 10, 24))
-    torch.testing.assert_close(attention(h, context).expand(2, 10, 24), general, atol=ROUNDING, rtol=0)
+    close(attention(h, context).expand(2, 10, 24), general)
 
 
 def test_attention_to_many_tokens_is_a_softmax():
@@ -58,7 +62,7 @@ def test_attention_to_many_tokens_is_a_softmax():
         weights = (q @ k.transpose(2, 3) / math.sqrt(8)).softmax(-1)
         expected = attention.to_out[0]((weights @ v).transpose(1, 2).reshape(2, 10, 24))
         result = attention(h) if source is h else attention(h, source)
-        torch.testing.assert_close(result, expected, atol=ROUNDING, rtol=0)
+        close(result, expected)
 
 
 def test_inert_layers_are_exactly_those_without_effect():
@@ -197,10 +201,10 @@ def test_position_code_by_hand():
     assert code.shape == (6, 8) and code.dtype == torch.float64
     x, y = 2 / (3 / 4) / 0.5, 1 / (2 / 4) / 0.5  # the token in row 1, column 2
     expected = [f(at * w) for at in (x, y) for f in (math.sin, math.cos) for w in (1.0, 0.01)]  # w before h
-    torch.testing.assert_close(code[1 * 3 + 2], torch.tensor(expected, dtype=torch.float64), atol=1e-15, rtol=0)
-    torch.testing.assert_close(code[0], torch.tensor([0, 0, 1, 1] * 2, dtype=torch.float64), atol=0, rtol=0)
+    close(code[1 * 3 + 2], torch.tensor(expected, dtype=torch.float64), 1e-15)
+    close(code[0], torch.tensor([0, 0, 1, 1] * 2, dtype=torch.float64), 0)
     shifted = sincos_grid(2, 3, 8, 4, 0.5, phase=2)[0]
-    torch.testing.assert_close(shifted[:2], torch.tensor([2, 0.02], dtype=torch.float64).sin(), atol=1e-15, rtol=0)
+    close(shifted[:2], torch.tensor([2, 0.02], dtype=torch.float64).sin(), 1e-15)
 
 
 def test_position_code_is_numbers_after_a_model_on_the_meta_device():
@@ -229,7 +233,7 @@ def test_timestep_sinusoid_has_cosines_first():
     assert torch.equal(code[0], torch.cat([torch.ones(128), torch.zeros(128)]))
     slowest = 10 * 10000 ** (-127 / 128)
     expected = torch.tensor([math.cos(10), math.cos(slowest), math.sin(10), math.sin(slowest)])
-    torch.testing.assert_close(code[1, [0, 127, 128, 255]], expected, atol=ROUNDING, rtol=0)
+    close(code[1, [0, 127, 128, 255]], expected)
     assert not torch.equal(timestep_sinusoid(torch.tensor([0.5])), timestep_sinusoid(torch.tensor([0.0])))
 
 
@@ -254,7 +258,7 @@ def test_images_of_a_batch_are_independent():
     assert both.shape == (2, 32, 4, 6)
     for i in range(2):
         alone = model(latents[i:i + 1], timesteps[i:i + 1], tokens[i:i + 1])
-        torch.testing.assert_close(alone[0], both[i], atol=ROUNDING, rtol=0)
+        close(alone[0], both[i])
 
 
 # Refusals

@@ -15,6 +15,10 @@ ROUNDING = 1e-5  # float32: a few sums and quotients of values of order 1
 SCALE, SHIFT = 1.5305, 0.0609
 
 
+def close(result, expected, bound=ROUNDING):
+    torch.testing.assert_close(result, expected, atol=bound, rtol=0)
+
+
 def tiny(**changes):
     torch.manual_seed(0)
     return AutoencoderKL(VAEConfig.from_dict({**TINY_VAE, **changes})).eval()
@@ -25,9 +29,9 @@ def test_scale_and_shift_live_inside():
     vae, plain = tiny(), tiny(scaling_factor=1.0, shift_factor=0.0)
     pixels, z = torch.rand(1, 3, 16, 24) * 2 - 1, torch.randn(1, 16, 2, 3)
     (mean, logvar), (raw_mean, raw_logvar) = vae.encode(pixels), plain.encode(pixels)
-    torch.testing.assert_close(mean, (raw_mean - SHIFT) * SCALE, atol=ROUNDING, rtol=0)
-    torch.testing.assert_close(logvar, raw_logvar + math.log(SCALE**2), atol=ROUNDING, rtol=0)
-    torch.testing.assert_close(vae.decode((z - SHIFT) * SCALE), plain.decode(z), atol=ROUNDING, rtol=0)
+    close(mean, (raw_mean - SHIFT) * SCALE)
+    close(logvar, raw_logvar + math.log(SCALE**2))
+    close(vae.decode((z - SHIFT) * SCALE), plain.decode(z))
 
 
 @torch.no_grad()
@@ -47,7 +51,7 @@ def test_log_variance_is_clamped_before_it_is_scaled():
     vae.encoder.conv_out.bias.copy_(torch.cat([torch.zeros(16), torch.tensor([100.0, -100.0] * 8)]))
     logvar = vae.encode(torch.zeros(1, 3, 8, 8))[1].flatten()
     expected = torch.tensor([20.0, -30.0] * 8) + 2 * math.log(SCALE)
-    torch.testing.assert_close(logvar, expected, atol=ROUNDING, rtol=0)
+    close(logvar, expected)
 
 
 @torch.no_grad()
@@ -63,7 +67,7 @@ def test_posterior_draws_are_the_generators():
     first, again, other = (sample_posterior(mean, logvar, torch.Generator().manual_seed(s)) for s in (1, 1, 2))
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(1))
     assert torch.equal(first, again) and not torch.equal(first, other)
-    torch.testing.assert_close(first, mean + 0.5 * noise, atol=ROUNDING, rtol=0)
+    close(first, mean + 0.5 * noise)
     half = sample_posterior(mean.bfloat16(), logvar.bfloat16(), torch.Generator().manual_seed(1))
     assert half.dtype == torch.bfloat16 and half.shape == mean.shape
 
@@ -87,9 +91,9 @@ def pointwise(vae, monkeypatch):
 def test_tiles_of_a_local_decoder_join_without_a_trace(size, tile, overlap, monkeypatch):
     vae, latents = pointwise(tiny(), monkeypatch), torch.randn(2, 16, *size)
     tiled = vae.decode_tiled(latents, tile, overlap)
-    torch.testing.assert_close(tiled, vae.decode(latents), atol=ROUNDING, rtol=0)
+    close(tiled, vae.decode(latents))
     constant = vae.decode_tiled(torch.ones(1, 16, *size), tile, overlap)
-    torch.testing.assert_close(constant, torch.full_like(constant, 2.0), atol=ROUNDING, rtol=0)
+    close(constant, torch.full_like(constant, 2.0))
 
 
 @torch.no_grad()

@@ -1,11 +1,12 @@
-"""Make the embedded base `weights/pixcell-nano`: VAE first, then tile encoder and transformer jointly.
+"""Make the embedded base `weights/pixcell-nano`: VAE, then tile encoder and transformer jointly.
 
     python -m pixcell_min.tools.pretrain --open-tiles ../shared/data/open --work runs/pretrain
     python -m pixcell_min.tools.pretrain --help
 
-Trained on procedural tiles of the first laboratory and on openly licensed H&E images. The encoder sees its tile under
-another stain and another flip than the transformer must draw: its embedding can only speak of morphology, as UNI2-h's
-does, and the palette becomes the base's own. Running the same command again continues from the last saved state.
+Trained on procedural tiles of the first laboratory and on openly licensed H&E images. The encoder
+sees its tile under another stain and another flip than the transformer must draw: its embedding can
+only speak of morphology, as UNI2-h's does, and the palette becomes the base's own. Running the same
+command again continues from the last saved state.
 """
 
 import argparse
@@ -37,32 +38,35 @@ KL_WEIGHT = 3e-4  # per latent number, against absolute plus squared error per p
 MIN_SNR_GAMMA = 5.0  # Hang et al. 2023: caps the weight of nearly clean inputs
 EMA_DECAY, CONDITION_DROPOUT = 0.998, 0.1
 MUON_FACTOR = 2.0  # its rate over AdamW's
-WARMUP, DECAY_SHARE = 50, 0.3  # rate: linear rise in steps, constant, linear fall over the last share
+WARMUP, DECAY_SHARE = 50, 0.3  # rate: linear rise in steps, constant, linear fall over the share
 SAVE_SECONDS = 300
 NANO_VAE = VAEConfig(block_out_channels=(32, 64, 128, 128), layers_per_block=1, norm_num_groups=8)
-NANO_ENCODER = {"img_size": 112, "patch_size": 14, "depth": 5, "num_heads": 4, "embed_dim": 288, "init_values": 0.1,
-                "mlp_ratio": 2.66667 * 2, "reg_tokens": 4}
-NANO_TRANSFORMER = TransformerConfig(num_layers=8, num_attention_heads=4, attention_head_dim=64, caption_channels=288)
-OD_HE = torch.tensor([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])  # Ruifrok & Johnston 2001
+NANO_ENCODER = {"img_size": 112, "patch_size": 14, "depth": 5, "num_heads": 4, "embed_dim": 288,
+                "init_values": 0.1, "mlp_ratio": 2.66667 * 2, "reg_tokens": 4}
+NANO_TRANSFORMER = TransformerConfig(
+    num_layers=8, num_attention_heads=4, attention_head_dim=64, caption_channels=288)
+OD_HE = torch.tensor(  # Ruifrok & Johnston 2001
+    [[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
 
 
 def generator_for(seed, step):
-    """A generator that depends on nothing but (seed, step): a resumed run draws what an uninterrupted one draws."""
+    """A generator from (seed, step) alone: a resumed run draws what an uninterrupted one draws."""
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
 
 def stain_jitter(images, generator):
     """Images (B, 3, H, W) in [0, 1] → the same tissue as other laboratories would have stained it.
 
-    In optical density: each stain's amount × exp(N(0, 0.35)), each stain vector tilted by N(0, 0.12) per channel,
-    a little flat density added; differentiability is not needed and not kept.
+    In optical density: each stain's amount × exp(N(0, 0.35)), each stain vector tilted by
+    N(0, 0.12) per channel, a little flat density added; differentiability is not needed, not kept.
     """
     B = images.shape[0]
-    density = -torch.log(images.clamp(min=1 / 255))                                # (B, 3, H, W)
+    density = -torch.log(images.clamp(min=1 / 255))                          # (B, 3, H, W)
     stains = F.normalize(OD_HE, dim=1)
-    amounts = torch.einsum("bchw,cs->bshw", density, torch.linalg.inv(stains))     # (B, 3 stains, H, W)
+    amounts = torch.einsum("bchw,cs->bshw", density, torch.linalg.inv(stains))  # (B, stains, H, W)
     gains = torch.exp(0.35 * torch.randn(B, 3, 1, 1, generator=generator))
-    tilted = F.normalize((stains + 0.12 * torch.randn(B, 3, 3, generator=generator)).clamp(min=0.01), dim=2)
+    tilted = F.normalize(
+        (stains + 0.12 * torch.randn(B, 3, 3, generator=generator)).clamp(min=0.01), dim=2)
     jittered = torch.einsum("bshw,bsc->bchw", amounts * gains, tilted)
     flat = 0.05 * torch.randn(B, 3, 1, 1, generator=generator)
     return torch.exp(-(jittered + flat)).clamp(0, 1)
@@ -75,11 +79,12 @@ def dihedral(images, element):
 
 
 def random_crops(tiles, count, side, generator):
-    """`count` crops (count, 3, side, side) uint8 from a list of (3, H, W) uint8 tiles, any symmetry."""
+    """`count` crops (count, 3, side, side) of a list of (3, H, W) tiles, uint8, any symmetry."""
     crops = []
     for _ in range(count):
         tile = tiles[int(torch.randint(len(tiles), (), generator=generator))]
-        top, left = (int(torch.randint(n - side + 1, (), generator=generator)) for n in tile.shape[1:])
+        top, left = (int(torch.randint(n - side + 1, (), generator=generator))
+                     for n in tile.shape[1:])
         element = int(torch.randint(8, (), generator=generator))
         crops.append(dihedral(tile[:, top:top + side, left:left + side], element))
     return torch.stack(crops)
@@ -90,7 +95,7 @@ def to_uint8(image):
 
 
 def open_crops(folder, count, seed):
-    """`count` random 256-px crops of the images below `folder`: side 192 to 512 px resized, some tissue in each."""
+    """`count` random 256-px crops from below `folder`: side 192 to 512 px resized, some tissue."""
     images = [read_tile(path) for path in sorted(Path(folder).rglob("*")) if path.suffix.lower() in
               {".png", ".jpg", ".jpeg", ".tif", ".tiff"}]
     if not images:
@@ -103,7 +108,8 @@ def open_crops(folder, count, seed):
             image = images[rng.choice(len(images), p=areas / areas.sum())]
             side = int(np.exp(rng.uniform(np.log(192), np.log(min(512, *image.size)))))
             left, top = rng.integers(image.width - side + 1), rng.integers(image.height - side + 1)
-            crop = image.resize((TILE, TILE), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
+            crop = image.resize((TILE, TILE), Image.Resampling.LANCZOS,
+                                box=(left, top, left + side, top + side))
             tissue = (np.asarray(crop).min(axis=2) < 200).mean()
             if tissue > rng.uniform(0, 0.6):  # empty glass is easy: keep only some of it
                 crops.append(dihedral(to_uint8(crop), int(rng.integers(8))))
@@ -112,7 +118,7 @@ def open_crops(folder, count, seed):
 
 
 def training_tiles(args, work):
-    """The bank of 256-px training tiles, (N, 3, 256, 256) uint8, made once and kept in the work folder."""
+    """The bank of training tiles, (N, 3, 256, 256) uint8, made once and kept in the work folder."""
     path = work / "tiles.safetensors"
     if not path.exists():
         tiles = [to_uint8(render_tile(args.seed * 10_000_000 + i, laboratory=FIRST))
@@ -124,31 +130,34 @@ def training_tiles(args, work):
 
 
 def rate_factor(step, total):
-    """Warm-up, plateau, linear fall to zero: the plateau lets a later run go on from a saved state."""
+    """Warm-up, plateau, linear fall to 0: the plateau lets a later run go on from a saved state."""
     return min(1.0, (step + 1) / WARMUP, max((total - step) / (DECAY_SHARE * total), 0.0))
 
 
 def is_hidden_matrix(name, parameter):
-    """Whether a weight maps features to features: no table, token, position, first or last layer."""
-    special = ("table", "token", "pos_embed", "patch_embed", "conv_in", "conv_out", "proj_out", "uncond")
+    """Whether it maps features to features: no table, token, position, first or last layer."""
+    special = ("table", "token", "pos_embed", "patch_embed", "conv_in", "conv_out", "proj_out",
+               "uncond")
     return parameter.ndim >= 2 and not any(word in name for word in special)
 
 
 class Trainer:
-    """Parameters, optimizers, an exponential moving average and a resumable step counter for one stage."""
+    """Parameters, optimizers, exponential moving average and resumable step counter of a stage."""
 
     def __init__(self, modules, rate, path):
-        named = [(f"{name}.{key}", p) for name, m in modules.items() for key, p in m.named_parameters()]
+        named = [(f"{name}.{key}", p) for name, m in modules.items()
+                 for key, p in m.named_parameters()]
         self.matrices = [p for n, p in named if is_hidden_matrix(n, p)]
         chosen = {id(p) for p in self.matrices}
         others = [p for _, p in named if id(p) not in chosen]
-        # Orthogonalised momentum (Jordan et al. 2024): after 120 VAE steps 23.2 dB against AdamW's 19.3. It takes
-        # matrices alone, so a convolution goes in as a view of its weight, out × (in·3·3), on the same memory.
+        # Orthogonalised momentum (Jordan et al. 2024): after 120 VAE steps 23.2 dB against AdamW's
+        # 19.3. It takes matrices alone, so a convolution goes in as a view of its weight,
+        # out × (in·3·3), on the same memory.
         self.views = [torch.nn.Parameter(p.data.view(p.shape[0], -1)) for p in self.matrices]
         self.optimizers = [
             torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True),
-            torch.optim.Muon(self.views, lr=rate * MUON_FACTOR, weight_decay=0.01, adjust_lr_fn="match_rms_adamw",
-                             ns_steps=3)]
+            torch.optim.Muon(self.views, lr=rate * MUON_FACTOR, weight_decay=0.01,
+                             adjust_lr_fn="match_rms_adamw", ns_steps=3)]
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["peak"] = group["lr"]
@@ -169,7 +178,8 @@ class Trainer:
         for p in self.parameters.values():
             p.grad = None
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_([p for p in self.parameters.values() if p.grad is not None], 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(
+            [p for p in self.parameters.values() if p.grad is not None], 1.0)
         for p, view in zip(self.matrices, self.views):
             view.grad = None if p.grad is None else p.grad.reshape(view.shape)
         for optimizer in self.optimizers:
@@ -179,21 +189,24 @@ class Trainer:
         self.step += 1
         decay = min(EMA_DECAY, self.step / (self.step + 10))
         names = list(self.ema)
-        torch._foreach_lerp_([self.ema[n] for n in names], [self.parameters[n].detach() for n in names], 1 - decay)
+        torch._foreach_lerp_([self.ema[n] for n in names],
+                             [self.parameters[n].detach() for n in names], 1 - decay)
         return norm
 
     def save(self):
         checkpoint.save_object(self.path, {
-            "step": self.step, "ema": self.ema, "parameters": {n: p.detach() for n, p in self.parameters.items()},
+            "step": self.step, "ema": self.ema,
+            "parameters": {n: p.detach() for n, p in self.parameters.items()},
             "optimizers": [o.state_dict() for o in self.optimizers]})
 
     def averaged(self, name):
         """The moving average of one module's parameters, names as in its state dict."""
-        return {key.removeprefix(name + "."): value for key, value in self.ema.items() if key.startswith(name + ".")}
+        return {key.removeprefix(name + "."): value for key, value in self.ema.items()
+                if key.startswith(name + ".")}
 
 
 def run_stage(trainer, total, loss_at, description, seed):
-    """Steps until `total`: bar, a log line every 50 steps, a saved state every few minutes and at the end."""
+    """Steps until `total`: bar, log line every 50, saved state every few minutes and at the end."""
     saved, smooth = time.monotonic(), None
     with tqdm(total=total, initial=trainer.step, desc=description, mininterval=5) as bar:
         while trainer.step < total:
@@ -204,7 +217,8 @@ def run_stage(trainer, total, loss_at, description, seed):
             if trainer.step % 50 == 0:
                 bar.set_postfix(loss=f"{smooth:.4f}")
                 with open(trainer.path.with_suffix(".jsonl"), "a", encoding="utf-8") as log:
-                    log.write(json.dumps({"step": trainer.step, "loss": smooth, "stage": description}) + "\n")
+                    log.write(json.dumps({"step": trainer.step, "loss": smooth,
+                                          "stage": description}) + "\n")
             if time.monotonic() - saved > SAVE_SECONDS:
                 trainer.save()
                 saved = time.monotonic()
@@ -213,7 +227,7 @@ def run_stage(trainer, total, loss_at, description, seed):
 
 @torch.no_grad()
 def initialise_vae(vae):
-    """Variance kept, biases zero, residual branches silent, posterior narrow: starts as a nearly linear autoencoder."""
+    """Variance kept, biases 0, residual branches silent, posterior narrow: starts nearly linear."""
     for module in vae.modules():
         if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
             torch.nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
@@ -227,9 +241,10 @@ def initialise_vae(vae):
 
 
 def train_vae(args, work, tiles):
-    """VAE stage: absolute + squared error and a light KL on 64-px crops of any stain; then the latent statistics."""
+    """VAE stage: absolute + squared error, light KL, 64-px crops of any stain; then the factors."""
     torch.manual_seed(args.seed)
-    vae = AutoencoderKL(VAEConfig(**{**NANO_VAE.__dict__, "scaling_factor": 1.0, "shift_factor": 0.0}))
+    vae = AutoencoderKL(
+        VAEConfig(**{**NANO_VAE.__dict__, "scaling_factor": 1.0, "shift_factor": 0.0}))
     initialise_vae(vae)
     trainer = Trainer({"vae": vae}, args.vae_learning_rate, work / "vae.pt")
 
@@ -251,7 +266,8 @@ def train_vae(args, work, tiles):
     with torch.no_grad():
         pixels = random_crops(tiles, 64, TILE, generator_for(args.seed, 0)).float() / 127.5 - 1
         means = torch.cat([vae.encode(part)[0] for part in pixels.split(8)])
-    config = {"scaling_factor": round(1 / means.std().item(), 4), "shift_factor": round(means.mean().item(), 4)}
+    config = {"scaling_factor": round(1 / means.std().item(), 4),
+              "shift_factor": round(means.mean().item(), 4)}
     write_vae(args.out / "vae", vae, config)
     return AutoencoderKL.from_pretrained(args.out / "vae")
 
@@ -278,8 +294,8 @@ def initialise(transformer):
     for name, p in transformer.named_parameters():
         if p.ndim == 2 and "table" not in name:
             torch.nn.init.xavier_uniform_(p)
-    for p in (transformer.proj_out.weight, transformer.proj_out.bias, transformer.adaln_single.linear.weight,
-              transformer.adaln_single.linear.bias):
+    for p in (transformer.proj_out.weight, transformer.proj_out.bias,
+              transformer.adaln_single.linear.weight, transformer.adaln_single.linear.bias):
         torch.nn.init.zeros_(p)
     for block in transformer.transformer_blocks:
         torch.nn.init.zeros_(block.scale_shift_table)
@@ -287,55 +303,61 @@ def initialise(transformer):
 
 
 class WindowPatchEmbed(PatchEmbed):
-    """Patch embedding of a window of the full grid: tokens keep the positions they have in the whole tile.
+    """Patch embedding of a window of the full grid: tokens keep their positions in the whole tile.
 
-    The released rule would stretch a small grid over the whole range, and what half tiles taught about neighbours
-    would be wrong for whole ones.
+    The released rule would stretch a small grid over the whole range, and what half tiles taught
+    about neighbours would be wrong for whole ones.
     """
 
     origin = (0, 0)  # row and column of the window's first token
 
     def forward(self, latents):
-        """latents (B, C, h, w) → (B, N, D); for a whole tile at origin (0, 0) the same as PatchEmbed."""
+        """latents (B, C, h, w) → (B, N, D); as PatchEmbed for a whole tile at origin (0, 0)."""
         patches, base = self.proj(latents), self.base_size
-        code = sincos_grid(base, base, patches.shape[1], base, self.interpolation_scale).float().view(base, base, -1)
+        code = sincos_grid(base, base, patches.shape[1], base,
+                           self.interpolation_scale).float().view(base, base, -1)
         (top, left), (height, width) = self.origin, patches.shape[2:]
-        return rearrange(patches, "b d h w -> b (h w) d") + code[top:top + height, left:left + width].flatten(0, 1)
+        return (rearrange(patches, "b d h w -> b (h w) d")
+                + code[top:top + height, left:left + width].flatten(0, 1))
 
 
 def train_transformer(args, work, tiles, latents):
-    """Joint stage: the encoder learns what the denoiser needs; half tiles (128 px) first, whole tiles after."""
+    """Joint stage: the encoder learns what the denoiser needs; half tiles (128 px), then whole."""
     torch.manual_seed(args.seed)
     transformer, encoder = PixCellTransformer(NANO_TRANSFORMER), TileEncoder(NANO_ENCODER)
     initialise(transformer)
     if args.start_from:
         checkpoint.load_strict(transformer, PixCellTransformer.from_pretrained(
             args.start_from / "transformer").state_dict(), args.start_from)
-        checkpoint.load_strict(encoder, TileEncoder.from_pretrained(args.start_from / "uni").state_dict(),
-                               args.start_from)
+        checkpoint.load_strict(encoder, TileEncoder.from_pretrained(
+            args.start_from / "uni").state_dict(), args.start_from)
     window = WindowPatchEmbed(NANO_TRANSFORMER, transformer.proj_out.in_features)
     window.proj = transformer.pos_embed.proj
     transformer.pos_embed = window
     schedule, C = NoiseSchedule.linear(), NANO_TRANSFORMER.in_channels
-    trainer = Trainer({"transformer": transformer, "encoder": encoder}, args.learning_rate, work / "joint.pt")
+    trainer = Trainer({"transformer": transformer, "encoder": encoder}, args.learning_rate,
+                      work / "joint.pt")
     total = args.half_steps + args.steps
 
     def loss_at(generator):
         half = trainer.step < args.half_steps
         batch, side = (BATCH_128, 16) if half else (BATCH_256, 32)
         rows = torch.randint(len(tiles), (batch,), generator=generator)
-        top, left = (2 * torch.randint(17 - side // 2, (2,), generator=generator)).tolist()  # in latent cells
+        top, left = (  # in latent cells
+            2 * torch.randint(17 - side // 2, (2,), generator=generator)).tolist()
         window.origin = (top // 2, left // 2)
         x0 = latents[rows, :, top:top + side, left:left + side].float()
         pixels = [slice(8 * start, 8 * (start + side)) for start in (top, left)]
         seen = torch.stack([tiles[i][:, pixels[0], pixels[1]] for i in rows]).float() / 255
-        seen = F.interpolate(seen, NANO_ENCODER["img_size"] * side // 32, mode="bilinear", antialias=True)
+        seen = F.interpolate(seen, NANO_ENCODER["img_size"] * side // 32, mode="bilinear",
+                             antialias=True)
         seen = stain_jitter(seen, generator)
         elements = torch.randint(8, (batch,), generator=generator)
         seen = torch.stack([dihedral(image, int(e)) for image, e in zip(seen, elements)])
         noise = torch.randn(x0.shape, generator=generator)
-        # Stratified timesteps: one from each of `batch` equal ranges, so batches differ less in difficulty.
-        t = ((torch.arange(batch) + torch.rand(batch, generator=generator)) / batch * 1000).long().clamp(max=999)
+        # Stratified timesteps, one from each of `batch` ranges: batches differ less in difficulty.
+        t = ((torch.arange(batch) + torch.rand(batch, generator=generator)) / batch * 1000
+             ).long().clamp(max=999)
         noisy = schedule.add_noise(x0, noise, t)
         drop = torch.rand(batch, 1, 1, generator=generator) < CONDITION_DROPOUT
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
@@ -350,37 +372,43 @@ def train_transformer(args, work, tiles, latents):
     averaged = trainer.averaged("transformer")
     averaged["caption_projection.uncond_embedding"] = transformer.uncond_embedding
     write_transformer(args.out / "transformer", averaged)
-    write_encoder(args.out / "uni", {k.removeprefix("vit."): v for k, v in trainer.averaged("encoder").items()})
+    write_encoder(args.out / "uni", {k.removeprefix("vit."): v
+                                     for k, v in trainer.averaged("encoder").items()})
 
 
 def write_vae(folder, vae, factors):
-    config = {"_class_name": "AutoencoderKL", "act_fn": "silu", "down_block_types": ["DownEncoderBlock2D"] * 4,
-              "up_block_types": ["UpDecoderBlock2D"] * 4, "sample_size": TILE, "use_quant_conv": False,
-              "use_post_quant_conv": False, "mid_block_add_attention": True, **NANO_VAE.__dict__, **factors}
+    config = {"_class_name": "AutoencoderKL", "act_fn": "silu",
+              "down_block_types": ["DownEncoderBlock2D"] * 4,
+              "up_block_types": ["UpDecoderBlock2D"] * 4, "sample_size": TILE,
+              "use_quant_conv": False, "use_post_quant_conv": False,
+              "mid_block_add_attention": True, **NANO_VAE.__dict__, **factors}
     checkpoint.save_tensors(folder / "diffusion_pytorch_model.safetensors",
                             {k: v.half() for k, v in vae.state_dict().items()})
     checkpoint.write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 
 def write_transformer(folder, tensors):
-    config = {"_class_name": "PixCellTransformer2DModel", "activation_fn": "gelu-approximate", "attention_bias": True,
-              "attention_type": "default", "dropout": 0.0, "norm_elementwise_affine": False,
-              "norm_type": "ada_norm_single", "use_additional_conditions": False, **NANO_TRANSFORMER.__dict__}
-    checkpoint.save_tensors(folder / "diffusion_pytorch_model.safetensors", {k: v.half() for k, v in tensors.items()})
+    config = {"_class_name": "PixCellTransformer2DModel", "activation_fn": "gelu-approximate",
+              "attention_bias": True, "attention_type": "default", "dropout": 0.0,
+              "norm_elementwise_affine": False, "norm_type": "ada_norm_single",
+              "use_additional_conditions": False, **NANO_TRANSFORMER.__dict__}
+    checkpoint.save_tensors(folder / "diffusion_pytorch_model.safetensors",
+                            {k: v.half() for k, v in tensors.items()})
     checkpoint.write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    scheduler = {"_class_name": "DPMSolverMultistepScheduler", "num_train_timesteps": 1000, "beta_start": 0.0001,
-                 "beta_end": 0.02, "beta_schedule": "linear", "prediction_type": "epsilon",
-                 "algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint",
-                 "timestep_spacing": "linspace"}
+    scheduler = {"_class_name": "DPMSolverMultistepScheduler", "num_train_timesteps": 1000,
+                 "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear",
+                 "prediction_type": "epsilon", "algorithm_type": "dpmsolver++", "solver_order": 2,
+                 "solver_type": "midpoint", "timestep_spacing": "linspace"}
     checkpoint.write_text(folder.parent / "scheduler" / "scheduler_config.json",
                           json.dumps(scheduler, indent=2) + "\n")
 
 
 def write_encoder(folder, tensors):
     size = NANO_ENCODER["img_size"]
-    config = {"architecture": "vit_giant_patch14_224", "num_classes": 0, "num_features": NANO_ENCODER["embed_dim"],
-              "model_args": NANO_ENCODER, "pretrained_cfg": {"input_size": [3, size, size], "mean": IMAGENET_MEAN,
-                                                             "std": IMAGENET_STD, "interpolation": "bilinear"}}
+    config = {"architecture": "vit_giant_patch14_224", "num_classes": 0,
+              "num_features": NANO_ENCODER["embed_dim"], "model_args": NANO_ENCODER,
+              "pretrained_cfg": {"input_size": [3, size, size], "mean": IMAGENET_MEAN,
+                                 "std": IMAGENET_STD, "interpolation": "bilinear"}}
     checkpoint.save_tensors(folder / "model.safetensors", {k: v.half() for k, v in tensors.items()})
     checkpoint.write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
@@ -392,27 +420,37 @@ def report_vae(vae, folder):
         image = read_tile(tile.path).resize((TILE, TILE), Image.Resampling.LANCZOS)
         with torch.no_grad():
             rebuilt = vae.decode(vae.encode(image_to_tensor(image)[None])[0])[0]
-        difference = np.asarray(tensor_to_image(rebuilt), np.float64) - np.asarray(image, np.float64)
+        difference = (
+            np.asarray(tensor_to_image(rebuilt), np.float64) - np.asarray(image, np.float64))
         errors.append((difference**2).mean())
-    print(f"VAE round trip on {len(errors)} tiles of {folder}: {10 * math.log10(255**2 / np.mean(errors)):.2f} dB")
+    print(f"VAE round trip on {len(errors)} tiles of {folder}: "
+          f"{10 * math.log10(255**2 / np.mean(errors)):.2f} dB")
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("weights/pixcell-nano"), help="base folder to write")
-    parser.add_argument("--work", type=Path, default=Path("runs/pretrain"), help="resumable state and tile bank")
+    parser.add_argument("--out", type=Path, default=Path("weights/pixcell-nano"),
+                        help="base folder to write")
+    parser.add_argument("--work", type=Path, default=Path("runs/pretrain"),
+                        help="resumable state and tile bank")
     parser.add_argument("--open-tiles", type=Path, help="folder of openly licensed H&E images")
-    parser.add_argument("--measure", type=Path, help="folder of tiles never trained on, for the VAE's PSNR")
-    parser.add_argument("--start-from", type=Path, help="base folder whose transformer and encoder to carry on from")
+    parser.add_argument("--measure", type=Path,
+                        help="folder of tiles never trained on, for the VAE's PSNR")
+    parser.add_argument("--start-from", type=Path,
+                        help="base folder whose transformer and encoder to carry on from")
     parser.add_argument("--stage", choices=("all", "vae", "joint"), default="all")
     parser.add_argument("--procedural", type=int, default=4000, help="procedural tiles in the bank")
-    parser.add_argument("--open-crops", type=int, default=4000, help="crops of open images in the bank")
+    parser.add_argument("--open-crops", type=int, default=4000,
+                        help="crops of open images in the bank")
     parser.add_argument("--vae-steps", type=int, default=2000)
-    parser.add_argument("--half-steps", type=int, default=2000, help="joint steps on 128-px windows, batch 64")
-    parser.add_argument("--steps", type=int, default=1500, help="joint steps on 256-px tiles, batch 16")
+    parser.add_argument("--half-steps", type=int, default=2000,
+                        help="joint steps on 128-px windows, batch 64")
+    parser.add_argument("--steps", type=int, default=1500,
+                        help="joint steps on 256-px tiles, batch 16")
     parser.add_argument("--vae-learning-rate", type=float, default=1e-3)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 autocast")
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True,
+                        help="bfloat16 autocast")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0: PyTorch's choice")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
