@@ -30,7 +30,7 @@ from pixcell_min.tools.synthetic import SECOND, write_dataset
 from pixcell_min.training import (build_optimizer, build_scaler, diffusion_loss, draw_batch,
                                   generator_for, optimizer_step, rate_factor, validation_loss)
 
-PROCEDURAL_TILES = 108  # 12 of each tissue
+PROCEDURAL_TILES = 72  # 8 of each tissue
 GRID_STEPS = 20  # of DPM-Solver++ 2M, for the sample grid
 STATE, LORA, ADAPTER, SETTINGS, METRICS = (
     "state.pt", "lora_weights.safetensors", "adapter.safetensors", "config.yaml", "metrics.jsonl")

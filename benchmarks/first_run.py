@@ -8,7 +8,6 @@ Times are those of one run on a machine that may be shared; they are figures, no
 
 import argparse
 import json
-import math
 import os
 import platform
 import statistics
@@ -27,8 +26,8 @@ sys.path.insert(0, str(ROOT))
 
 from pixcell_min.base import load_pixcell_base  # noqa: E402
 from pixcell_min.checkpoint import write_text  # noqa: E402
-from pixcell_min.data import (  # noqa: E402
-    find_tiles, fit_tile, image_to_tensor, read_tile, tensor_to_image)
+from pixcell_min.data import find_tiles, fit_tile, read_tile  # noqa: E402
+from pixcell_min.tools.pretrain import round_trip_psnr  # noqa: E402
 
 
 def machine() -> dict:
@@ -42,18 +41,6 @@ def machine() -> dict:
             **{name: version(name) for name in ("torch", "timm", "safetensors", "numpy", "pillow")}}
 
 
-def psnr(tiles, pipeline) -> float:
-    """PSNR in dB of the VAE round trip over tiles, from the mean squared error of all."""
-    errors = []
-    for tile in tiles:
-        image = fit_tile(read_tile(tile.path), 256, "resize")
-        with torch.no_grad():
-            rebuilt = pipeline.vae.decode(pipeline.vae.encode(image_to_tensor(image)[None])[0])[0]
-        errors.append(np.mean(
-            (np.asarray(tensor_to_image(rebuilt), float) - np.asarray(image, float)) ** 2))
-    return 10 * math.log10(255**2 / np.mean(errors))
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, help="as in train.py; default: its procedural tiles")
@@ -62,7 +49,7 @@ def main():
     with tempfile.TemporaryDirectory() as work:
         command = [sys.executable, ROOT / "train.py", "--rank", "8", "--alpha", "16",
                    "--out", f"{work}/run", "--cache", f"{work}/cache",
-                   *(["--data", args.data] if args.data else [])]
+                   *(["--data", args.data.resolve()] if args.data else [])]
         began = time.monotonic()
         printed = subprocess.run(
             command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
@@ -71,7 +58,8 @@ def main():
         clock = [line["seconds"] for line in lines if "loss" in line]
         tiles = find_tiles(args.data or next(Path(work, "cache").glob("procedural*")))
         pipeline, image_seconds = load_pixcell_base(), []
-        embedding = pipeline.encoder(fit_tile(read_tile(tiles[0].path), 256, "resize"))
+        images = [fit_tile(read_tile(tile.path), 256, "resize") for tile in tiles]
+        embedding = pipeline.encoder(images[0])
         for _ in range(3):
             began = time.monotonic()
             pipeline(embedding, num_inference_steps=50)
@@ -84,7 +72,7 @@ def main():
             "seconds_per_image_50_steps_ddim_guided": round(statistics.median(image_seconds), 2),
             "validation_loss": {line["step"]: line["validation_loss"]
                                 for line in lines if "validation_loss" in line},
-            "vae_round_trip_psnr_db": round(psnr(tiles, pipeline), 2),
+            "vae_round_trip_psnr_db": round(round_trip_psnr(pipeline.vae, images), 2),
             "file_bytes": {name: os.path.getsize(f"{work}/run/{name}") for name in
                            ("lora_weights.safetensors", "adapter.safetensors")},
         }

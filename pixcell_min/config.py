@@ -153,7 +153,7 @@ class Config:
     lr_schedule: str = _setting(
         "cosine", one_of("cosine", "constant"), "name", "both rates after the warm-up")
     warmup_steps: int = _setting(20, nonnegative_int, "steps", "linear rise of both rates")
-    max_train_steps: int = _setting(300, positive_int, "steps", "optimizer steps of the run")
+    max_train_steps: int = _setting(200, positive_int, "steps", "optimizer steps of the run")
     batch_size: int = _setting(4, positive_int, "tiles", "size of a micro-batch")
     gradient_accumulation_steps: int = _setting(4, positive_int, "micro-batches", "in each step")
     mixed_precision: str = _setting(
