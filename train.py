@@ -40,7 +40,7 @@ FREE_ON_RESUME = {"out", "cache", "save_every", "validate_every", "sample_count"
 
 def main(argv=None) -> int:
     """Run the command line; returns the exit code: 0, or 2 after a one-line error."""
-    argv = sys.argv[1:] if argv is None else list(argv)
+    argv, config = sys.argv[1:] if argv is None else list(argv), None
     try:
         config, options = parse_train(argv)
         if options.resume and options.config is None:  # its own settings, then this call's flags
@@ -55,7 +55,8 @@ def main(argv=None) -> int:
         return 2
     except KeyboardInterrupt:
         print("train.py: interrupted; go on from the last save: "
-              f"python train.py --resume --out {config.out}", file=sys.stderr)
+              f"python train.py --resume --out {config.out if config else 'RUN'}",
+              file=sys.stderr)
         return 130
     return 0
 
@@ -67,7 +68,8 @@ def train(config: Config, options) -> None:
     pipeline = load_pixcell_base(config.base, config.device, config.mixed_precision)
     transformer, schedule, dtype = pipeline.transformer, pipeline.schedule, pipeline.dtype
     adapter = make_trainable(config, pipeline)
-    training, validation = load_features(config, pipeline)
+    features, training, validation = load_features(config, pipeline)
+    training_rows, validation_rows = features.rows(training), features.rows(validation)
     optimizer = build_optimizer(
         lora_parameters(transformer), adapter.parameters(), config.learning_rate,
         config.adapter_learning_rate, config.weight_decay)
@@ -78,8 +80,8 @@ def train(config: Config, options) -> None:
         make_run_folder(run, config)
 
     def validate(step):
-        loss = validation_loss(transformer, adapter, schedule, validation, config.batch_size,
-                               config.seed, dtype)
+        loss = validation_loss(transformer, adapter, schedule, features, validation_rows,
+                               config.batch_size, config.seed, dtype)
         log(run, {"step": step, "validation_loss": loss})
         tqdm.write(f"validation loss at step {step}: {loss:.5f}")
 
@@ -95,7 +97,7 @@ def train(config: Config, options) -> None:
                 group["lr"] = factor * group["initial_lr"]
             report = optimizer_step(
                 lambda batch: diffusion_loss(transformer, adapter, schedule, batch, dtype),
-                draw_micro_batches(config, training, schedule, step, pipeline.device),
+                draw_micro_batches(config, features, training_rows, schedule, step, pipeline.device),
                 optimizer, scaler, config.max_grad_norm)
             done, rates = step + 1, [group["lr"] for group in optimizer.param_groups]
             log(run, {"step": done, "loss": report.loss, "grad_norm": report.grad_norm,
@@ -109,7 +111,7 @@ def train(config: Config, options) -> None:
             if is_due(done, config.validate_every) or done == config.max_train_steps:
                 validate(done)
     if config.sample_count:
-        draw_grid(run, config, pipeline, adapter, validation)
+        draw_grid(run, config, pipeline, adapter, features, validation)
     print(f"done: {run}\nnext: python sample.py --run {run} --image TILE --compare")
 
 
@@ -168,21 +170,22 @@ def make_trainable(config: Config, pipeline) -> EmbeddingAdapter:
 
 
 def load_features(config: Config, pipeline):
-    """Latents and embeddings of training and held-out tiles, from the cache where it has them."""
+    """(features of all readable tiles, from the cache where it has them; training, held-out tiles).
+
+    Cached before they are split: another seed or share finds its features in the cache.
+    """
     folder = Path(config.data) if config.data else procedural_tiles(config)
-    training, validation = split_tiles(find_tiles(folder), config.validation_fraction, config.seed)
-    size = pipeline.transformer.config.sample_size * pipeline.vae.downscale
-    features, base_hash = [], features_hash(config.base)
-    for tiles, dihedral in ((training, config.dihedral), (validation, False)):
-        features.append(cached_features(
-            config.cache, tiles, pipeline.vae,
-            lambda images: pipeline.encoder(images),  # loaded on a miss only
-            base_hash=base_hash, size=size, how=config.tile_fit, dihedral=dihedral,
-            strict=config.strict_data, batch_size=config.batch_size, device=pipeline.device,
-            report=lambda line: print(line, file=sys.stderr)))
-    print(f"tiles of {folder}: {len(features[0].tiles)} to train on, "
-          f"{len(features[1].tiles)} held out")
-    return features
+    features = cached_features(
+        config.cache, find_tiles(folder), pipeline.vae,
+        lambda images: pipeline.encoder(images),  # loaded on a miss only
+        base_hash=features_hash(config.base),
+        size=pipeline.transformer.config.sample_size * pipeline.vae.downscale,
+        how=config.tile_fit, dihedral=config.dihedral, strict=config.strict_data,
+        batch_size=config.batch_size, device=pipeline.device,
+        report=lambda line: print(line, file=sys.stderr))
+    training, validation = split_tiles(features.tiles, config.validation_fraction, config.seed)
+    print(f"tiles of {folder}: {len(training)} to train on, {len(validation)} held out")
+    return features, training, validation
 
 
 def procedural_tiles(config: Config) -> Path:
@@ -195,15 +198,15 @@ def procedural_tiles(config: Config) -> Path:
     return folder
 
 
-def draw_micro_batches(config: Config, training, schedule, step: int, device):
+def draw_micro_batches(config: Config, features, rows, schedule, step: int, device):
     """The batches of optimizer step `step`; each depends on the seed and its own number alone."""
     for micro in range(config.gradient_accumulation_steps):
         micro_step = step * config.gradient_accumulation_steps + micro
         generator = generator_for(config.seed, "train", micro_step)
         torch.manual_seed(generator.initial_seed())  # LoRA dropout draws from the global generator
-        index = batch_indices(len(training.tiles), config.batch_size, micro_step, config.seed)
-        yield draw_batch(training, index * training.variants, schedule, config.condition_dropout,
-                         generator).to(device)
+        chosen = rows[batch_indices(len(rows), config.batch_size, micro_step, config.seed)]
+        yield draw_batch(
+            features, chosen, schedule, config.condition_dropout, generator).to(device)
 
 
 def is_due(step: int, every: int) -> bool:
@@ -246,13 +249,12 @@ def trim_metrics(run: Path, step: int) -> None:
     checkpoint.write_text(run / METRICS, "".join(kept))
 
 
-def draw_grid(run, config, pipeline, adapter, validation) -> None:
+def draw_grid(run, config, pipeline, adapter, features, validation) -> None:
     """samples/grid.png: held-out tiles beside what base and adapted model draw from them."""
     pipeline.transformer.eval(), adapter.eval()
-    count = min(config.sample_count, len(validation.tiles))
-    chosen = [validation.tiles[i * len(validation.tiles) // count]  # spread over the classes
-              for i in range(count)]
-    embeddings = validation.embeddings[validation.rows(chosen)].to(pipeline.device)
+    count = min(config.sample_count, len(validation))
+    chosen = [validation[i * len(validation) // count] for i in range(count)]  # over the classes
+    embeddings = features.embeddings[features.rows(chosen)].to(pipeline.device)
     size = pipeline.transformer.config.sample_size * pipeline.vae.downscale
     settings = {"num_inference_steps": GRID_STEPS, "scheduler": "dpmpp_2m", "seed": config.seed,
                 "guidance_scale": config.guidance_scale}

@@ -131,20 +131,19 @@ def optimizer_step(loss_of, batches, optimizer, scaler, max_grad_norm: float) ->
 
 
 @torch.no_grad()
-def validation_loss(transformer, adapter, schedule, features, batch_size: int, seed: int,
+def validation_loss(transformer, adapter, schedule, features, rows, batch_size: int, seed: int,
                     dtype=None) -> float:
-    """Mean loss over held-out tiles at fixed noise and timesteps, the same whenever the seed is.
+    """Mean loss over held-out feature rows (N,) at noise and timesteps fixed by the seed.
 
-    Each tile is seen at VALIDATION_TIMESTEPS timesteps, one per equal range of [0, T), its unturned
-    variant, no dropout.
+    Each row is seen at VALIDATION_TIMESTEPS timesteps, one per equal range of [0, T); no dropout.
     """
     training = transformer.training, adapter.training
     transformer.eval(), adapter.eval()
     device = transformer.proj_out.weight.device
-    rows = features.rows(features.tiles).repeat_interleave(VALIDATION_TIMESTEPS)
+    ranges = torch.arange(VALIDATION_TIMESTEPS).repeat(len(rows))
+    rows = rows.repeat_interleave(VALIDATION_TIMESTEPS)
     generator = generator_for(seed, "validation")
     width = schedule.num_train_timesteps / VALIDATION_TIMESTEPS
-    ranges = torch.arange(VALIDATION_TIMESTEPS).repeat(len(features.tiles))
     timesteps = ((ranges + torch.rand(len(rows), generator=generator)) * width).long()
     noise = torch.randn(len(rows), *features.mean.shape[1:], generator=generator)
     total = 0.0

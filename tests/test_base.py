@@ -9,7 +9,9 @@ from PIL import Image
 
 import pixcell_min
 from pixcell_min import base as module
-from pixcell_min.base import encoder_folder, features_hash, find_base, load_encoder, load_pixcell_base, vae_weights
+from pixcell_min.base import (
+    encoder_folder, features_hash, find_base, load_encoder, load_pixcell_base, vae_weights,
+)
 from pixcell_min.checkpoint import file_hash
 from pixcell_min.transformer import WEIGHTS_NAME
 
@@ -47,7 +49,8 @@ def test_a_path_wins_over_the_environment_over_the_embedded_one(tmp_path, monkey
 def test_no_base(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     for path in (tmp_path / "none", tmp_path / "empty"):
-        assert refusal(find_base, path).startswith(f"{path}: no base model; expected a folder with transformer/")
+        text = refusal(find_base, path)
+        assert text.startswith(f"{path}: no base model; expected a folder with transformer/")
     monkeypatch.setenv("PIXCELL_BASE", str(tmp_path / "none"))
     assert refusal(load_pixcell_base).startswith(f"{tmp_path / 'none'}: no base model")
 
@@ -62,7 +65,8 @@ def test_a_relative_base_stays_the_same_after_a_change_of_folder(own_base, tmp_p
 # What it needs
 
 @pytest.mark.parametrize("part", [
-    "transformer/config.json", f"transformer/{WEIGHTS_NAME}", "vae/config.json", "scheduler/scheduler_config.json"])
+    "transformer/config.json", f"transformer/{WEIGHTS_NAME}", "vae/config.json",
+    "scheduler/scheduler_config.json"])
 def test_a_missing_part_is_named(own_base, part):
     (own_base / part).unlink()
     assert refusal(load_pixcell_base, own_base).startswith(str(own_base / part))
@@ -72,7 +76,8 @@ def test_missing_vae_weights_name_every_place(own_base):
     (own_base / "vae" / WEIGHTS_NAME).unlink()
     text = refusal(load_pixcell_base, own_base)
     assert text.startswith(f"{own_base}: no VAE weights; looked for")
-    for folder in (own_base / "vae", own_base.parent / "sd3-vae", own_base.parent / "sd3-vae" / "vae"):
+    for folder in (own_base / "vae", own_base.parent / "sd3-vae",
+                   own_base.parent / "sd3-vae" / "vae"):
         assert str(folder / WEIGHTS_NAME) in text
 
 
@@ -94,7 +99,8 @@ def test_the_encoder_beside_a_snapshot(own_base):
     assert load_encoder(own_base).embedding_dim == 16
     shutil.rmtree(own_base.parent / "uni2-h")
     text = refusal(load_encoder, own_base)
-    assert text.startswith(f"{own_base}: no tile encoder") and str(own_base.parent / "uni2-h" / "config.json") in text
+    assert text.startswith(f"{own_base}: no tile encoder")
+    assert str(own_base.parent / "uni2-h" / "config.json") in text
 
 
 def test_the_encoder_is_loaded_when_first_used(own_base):
@@ -114,10 +120,12 @@ def test_a_loaded_base(tiny_base):
         assert {p.dtype for p in network.parameters()} == {torch.float32}
         assert not any(p.requires_grad for p in network.parameters())
     assert pipeline.encoder is pipeline.encoder
-    assert pipeline.schedule.num_train_timesteps == 1000 and pipeline.schedule.betas[-1].item() == pytest.approx(0.02)
+    assert pipeline.schedule.num_train_timesteps == 1000
+    assert pipeline.schedule.betas[-1].item() == pytest.approx(0.02)
 
 
-@pytest.mark.parametrize("mixed_precision, dtype", [("no", None), ("fp16", torch.float16), ("bf16", torch.bfloat16)])
+@pytest.mark.parametrize("mixed_precision, dtype",
+                         [("no", None), ("fp16", torch.float16), ("bf16", torch.bfloat16)])
 def test_float32_attention_comes_with_float16_alone(tiny_base, mixed_precision, dtype):
     pipeline = load_pixcell_base(tiny_base, "cpu", mixed_precision)
     assert pipeline.dtype == dtype
@@ -131,7 +139,8 @@ def test_unknown_device_and_precision(tiny_base):
 
 
 @pytest.mark.parametrize("part, changes", [
-    ("transformer/config.json", False), (f"transformer/{WEIGHTS_NAME}", False), ("vae/config.json", True),
+    ("transformer/config.json", False), (f"transformer/{WEIGHTS_NAME}", False),
+    ("vae/config.json", True),
     (f"vae/{WEIGHTS_NAME}", True), ("uni/config.json", True), ("uni/model.safetensors", True)])
 def test_what_features_depend_on(own_base, part, changes):
     before = features_hash(own_base)
@@ -147,7 +156,8 @@ def test_the_default_encoder_is_the_default_bases(tiny_base, tmp_path, monkeypat
     assert torch.equal(first, load_encoder(tiny_base)(image)) and first.shape == (1, 1, 16)
     loads = []
     monkeypatch.setattr(module.TileEncoder, "from_pretrained", lambda folder: loads.append(folder))
-    assert torch.equal(pixcell_min.uni2h_encoder([image] * 2)[0], first[0]) and not loads  # loaded once
+    assert torch.equal(pixcell_min.uni2h_encoder([image] * 2)[0], first[0])
+    assert not loads  # it was loaded once
     monkeypatch.undo()
     monkeypatch.setenv("PIXCELL_BASE", str(write_base(tmp_path / "other", seed=1)))
     assert not torch.equal(pixcell_min.uni2h_encoder(image), first)

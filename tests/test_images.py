@@ -11,7 +11,8 @@ from pixcell_min.images import CAPTION_HEIGHT, GAP, image_grid, read_settings, s
 
 
 def picture(seed, size=(32, 24)):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
 
 
 def test_a_grid_keeps_every_pixel_in_place():
@@ -50,7 +51,8 @@ def test_png_is_lossless_and_carries_its_settings(tmp_path):
 
 
 def test_bytes_depend_on_pixels_and_settings_alone(tmp_path):
-    first, second, other, pixels = (tmp_path / f"{name}.png" for name in ("first", "second", "other", "pixels"))
+    first, second, other, pixels = (tmp_path / f"{name}.png"
+                                    for name in ("first", "second", "other", "pixels"))
     save_png(first, picture(0), {"a": 1, "b": 2})
     save_png(second, picture(0), {"b": 2, "a": 1})
     save_png(other, picture(0), {"a": 1, "b": 3})

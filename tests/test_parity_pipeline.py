@@ -10,10 +10,11 @@ from pixcell_min.base import load_pixcell_base
 from pixcell_min.pipeline import denoise
 from pixcell_min.schedulers import build_scheduler
 
-# Of the largest value: ten steps, rounded at other places, in float32. A random network is no denoiser: each step
-# divides what it got wrong by √ᾱ, and latents reach hundreds.
+# Of the largest value: ten float32 steps, rounded at other places. A random network is no denoiser:
+# each step divides what it got wrong by √ᾱ, and latents reach hundreds.
 LOOP = 3e-6
-BETAS = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+BETAS = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02,
+         "beta_schedule": "linear"}
 REFERENCES = {
     "ddim": (DDIMScheduler, {"clip_sample": False, "timestep_spacing": "leading"}),
     "ddpm": (DDPMScheduler, {"clip_sample": False, "timestep_spacing": "leading"}),
@@ -27,7 +28,9 @@ def by_hand(network, scheduler, condition, generator, steps, guidance_scale, eta
     """Latents drawn with a scheduler of diffusers; float32."""
     scheduler.set_timesteps(steps)
     latents = torch.randn(1, 16, 8, 8, generator=generator) * scheduler.init_noise_sigma
-    options = {"generator": generator} | ({"eta": eta} if isinstance(scheduler, DDIMScheduler) else {})
+    options = {"generator": generator}
+    if isinstance(scheduler, DDIMScheduler):
+        options["eta"] = eta
     for t in scheduler.timesteps:
         given = scheduler.scale_model_input(latents, t)
         conditional = network(given, t, condition)[:, :16]
@@ -37,15 +40,19 @@ def by_hand(network, scheduler, condition, generator, steps, guidance_scale, eta
     return latents
 
 
-@pytest.mark.parametrize("name, eta", [("ddim", 0.0), ("ddim", 1.0), ("ddpm", 0), ("euler_ancestral", 0), ("dpmpp_2m", 0)])
+@pytest.mark.parametrize("name, eta", [
+    ("ddim", 0.0), ("ddim", 1.0), ("ddpm", 0), ("euler_ancestral", 0), ("dpmpp_2m", 0)])
 @pytest.mark.parametrize("guidance_scale", [1.5, 4.0])
 def test_same_latents_as_a_loop_over_diffusers(tiny_base, name, eta, guidance_scale):
     pipeline = load_pixcell_base(tiny_base, "cpu", "no")
     condition = torch.randn(1, 1, 16, generator=torch.Generator().manual_seed(2))
     generators = [torch.Generator().manual_seed(11) for _ in range(2)]
-    ours = denoise(pipeline.transformer, build_scheduler(name, pipeline.schedule, eta=eta), condition, generators[0],
+    sampler, network = build_scheduler(name, pipeline.schedule, eta=eta), pipeline.transformer
+    ours = denoise(network, sampler, condition, generators[0],
                    num_inference_steps=10, guidance_scale=guidance_scale)
     kind, options = REFERENCES[name]
-    theirs = by_hand(pipeline.transformer, kind(**BETAS, **options), condition, generators[1], 10, guidance_scale, eta)
+    reference = kind(**BETAS, **options)
+    theirs = by_hand(network, reference, condition, generators[1], 10, guidance_scale, eta)
     assert (ours - theirs).abs().max() < LOOP * theirs.abs().max()
-    assert torch.equal(generators[0].get_state(), generators[1].get_state())  # the same number of draws
+    # As many draws.
+    assert torch.equal(generators[0].get_state(), generators[1].get_state())

@@ -1,4 +1,4 @@
-"""The network against recorded outputs of the released class, diffusers' PixArt transformer and the tensor lists."""
+"""The network against recorded outputs of the released class, PixArt of diffusers, tensor lists."""
 
 import logging
 import math
@@ -9,12 +9,14 @@ import torch
 from diffusers import PixArtTransformer2DModel
 from safetensors.torch import load_file
 
-from pixcell_min.transformer import WEIGHTS_NAME, PixCellTransformer, TokenPositions, TransformerConfig
+from pixcell_min.transformer import (
+    WEIGHTS_NAME, PixCellTransformer, TokenPositions, TransformerConfig,
+)
 
 logging.getLogger("diffusers").setLevel(logging.ERROR)
 DATA = Path(__file__).parent / "data"
 GOLDEN = 2e-5  # outputs reach 2.8; recorded on another machine, whose sums have another order
-TWIN = 1e-5  # same machine and kernels, outputs of order 1; the one-token cross-attention and the sums of tables differ
+TWIN = 1e-5  # same machine, outputs of order 1; one-token attention and the sums of tables differ
 CONFIG_256 = TransformerConfig()
 CONFIG_1024 = TransformerConfig(sample_size=128, caption_num_tokens=16, interpolation_scale=2)
 OUTSIDE_PIXART = {"caption_projection.uncond_embedding", "y_pos_embed.y_pos_embed"}
@@ -27,29 +29,33 @@ def close(result, expected, bound=TWIN):
 @pytest.mark.parametrize("tokens", [1, 16])
 def test_recorded_outputs_of_the_released_class(tokens):
     folder = DATA / "golden" / f"pixcell-tiny-{tokens}tok"
-    case, model = load_file(folder / "io.safetensors"), PixCellTransformer.from_pretrained(folder / "transformer")
+    case = load_file(folder / "io.safetensors")
+    model = PixCellTransformer.from_pretrained(folder / "transformer")
     with torch.no_grad():
-        output = model(latents=case["latents"], timesteps=case["timesteps"], encoder_hidden_states=case["embeddings"])
+        output = model(latents=case["latents"], timesteps=case["timesteps"],
+                       encoder_hidden_states=case["embeddings"])
     close(output, case["output"], GOLDEN)
 
 
 def test_token_positions_equal_the_stored_ones_exactly():
     folder = DATA / "golden" / "pixcell-tiny-16tok" / "transformer"
     stored = load_file(folder / WEIGHTS_NAME)["y_pos_embed.y_pos_embed"]
-    assert torch.equal(TokenPositions(PixCellTransformer.from_pretrained(folder).config).y_pos_embed, stored)
+    config = PixCellTransformer.from_pretrained(folder).config
+    assert torch.equal(TokenPositions(config).y_pos_embed, stored)
 
 
 def twins(tokens, sample_size, interpolation_scale):
     """Our network and PixArt's with the same random weights."""
     torch.manual_seed(0)
-    ours = PixCellTransformer(TransformerConfig(
-        num_layers=2, num_attention_heads=2, attention_head_dim=12, sample_size=sample_size, caption_channels=20,
-        caption_num_tokens=tokens, interpolation_scale=interpolation_scale)).eval()
+    shared = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 12,
+              "caption_channels": 20, "sample_size": sample_size,
+              "interpolation_scale": interpolation_scale}
+    ours = PixCellTransformer(TransformerConfig(caption_num_tokens=tokens, **shared)).eval()
     theirs = PixArtTransformer2DModel(
-        num_layers=2, num_attention_heads=2, attention_head_dim=12, sample_size=sample_size, caption_channels=20,
-        cross_attention_dim=24, in_channels=16, out_channels=32, interpolation_scale=interpolation_scale,
-        use_additional_conditions=False).eval()
-    theirs.load_state_dict({k: v for k, v in ours.state_dict().items() if k not in OUTSIDE_PIXART}, strict=True)
+        cross_attention_dim=24, in_channels=16, out_channels=32, use_additional_conditions=False,
+        **shared).eval()
+    tensors = {k: v for k, v in ours.state_dict().items() if k not in OUTSIDE_PIXART}
+    theirs.load_state_dict(tensors, strict=True)
     return ours, theirs
 
 
@@ -64,7 +70,8 @@ def test_same_output_as_pixart(tokens, sample_size, interpolation_scale, size):
     ours, theirs = twins(tokens, sample_size, interpolation_scale)
     latents, embeddings = torch.randn(3, 16, *size), torch.randn(3, tokens, 20)
     timesteps = torch.tensor([0.0, 946.421, 17.5])  # fractional, as Euler-ancestral gives
-    given = embeddings + ours.y_pos_embed.y_pos_embed if tokens > 1 else embeddings  # PixArt has no token positions
+    # PixArt has no token positions.
+    given = embeddings + ours.y_pos_embed.y_pos_embed if tokens > 1 else embeddings
     with torch.no_grad():
         output = ours(latents, timesteps, embeddings)
         expected = theirs(latents, given, timestep=timesteps).sample
@@ -74,9 +81,10 @@ def test_same_output_as_pixart(tokens, sample_size, interpolation_scale, size):
 
 def test_same_gradients_as_pixart():
     ours, theirs = twins(4, 8, 0.5)
-    latents, embeddings, timesteps = torch.randn(2, 16, 8, 8), torch.randn(2, 4, 20), torch.tensor([10, 700])
+    latents, embeddings = torch.randn(2, 16, 8, 8), torch.randn(2, 4, 20)
+    timesteps, given = torch.tensor([10, 700]), embeddings + ours.y_pos_embed.y_pos_embed
     ours(latents, timesteps, embeddings).square().sum().backward()
-    theirs(latents, embeddings + ours.y_pos_embed.y_pos_embed, timestep=timesteps).sample.square().sum().backward()
+    theirs(latents, given, timestep=timesteps).sample.square().sum().backward()
     expected = dict(theirs.named_parameters())
     for name, parameter in ours.named_parameters():
         gradient = expected[name].grad
@@ -89,12 +97,15 @@ def tensor_list(name):
     return {key: tuple(int(n) for n in shape.split(",")) for key, shape in rows}
 
 
-@pytest.mark.parametrize("name, config, tensors", [("pixcell-256", CONFIG_256, 604), ("pixcell-1024", CONFIG_1024, 605)])
-def test_names_and_shapes_are_the_released_ones(name, config, tensors):
+@pytest.mark.parametrize("name, config, count", [
+    ("pixcell-256", CONFIG_256, 604), ("pixcell-1024", CONFIG_1024, 605)])
+def test_names_and_shapes_are_the_released_ones(name, config, count):
     with torch.device("meta"):
         model = PixCellTransformer(config)
-    ours, expected = {key: tuple(t.shape) for key, t in model.state_dict().items()}, tensor_list(name)
-    assert ours == expected and len(ours) == tensors
-    # FACTS' count leaves out the null embedding and token positions, buffers of 1536 numbers a token.
+    expected = tensor_list(name)
+    assert {key: tuple(t.shape) for key, t in model.state_dict().items()} == expected
+    assert len(expected) == count
+    # The null embedding and the token positions are buffers, of 1536 numbers a token each.
+    buffers = 1536 if name == "pixcell-256" else 2 * 16 * 1536
     assert sum(p.numel() for p in model.parameters()) == 608_072_960
-    assert sum(math.prod(shape) for shape in expected.values()) == 608_072_960 + sum(b.numel() for b in model.buffers())
+    assert sum(math.prod(shape) for shape in expected.values()) == 608_072_960 + buffers

@@ -1,4 +1,4 @@
-"""The VAE against diffusers' AutoencoderKL: random twins, and the tensor list of Stable Diffusion 3.5."""
+"""The VAE against diffusers' AutoencoderKL: random twins; the list of SD 3.5's tensors."""
 
 import logging
 import math
@@ -22,11 +22,12 @@ def close(result, expected, bound=TWIN):
 def twins(layers, widths=(8, 8, 16, 16), groups=4):
     """Our VAE and diffusers' with the same random weights."""
     torch.manual_seed(0)
-    ours = AutoencoderKL(VAEConfig(block_out_channels=widths, layers_per_block=layers, norm_num_groups=groups)).eval()
+    shared = {"block_out_channels": widths, "layers_per_block": layers, "norm_num_groups": groups}
+    ours = AutoencoderKL(VAEConfig(**shared)).eval()
     theirs = DiffusersVAE(
-        block_out_channels=widths, layers_per_block=layers, norm_num_groups=groups, latent_channels=16,
-        down_block_types=("DownEncoderBlock2D",) * len(widths), up_block_types=("UpDecoderBlock2D",) * len(widths),
-        scaling_factor=SCALE, shift_factor=SHIFT, use_quant_conv=False, use_post_quant_conv=False).eval()
+        latent_channels=16, use_quant_conv=False, use_post_quant_conv=False,
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths), **shared).eval()
     theirs.load_state_dict(ours.state_dict(), strict=True)
     return ours, theirs
 

@@ -1,4 +1,4 @@
-"""From embedding to image: the user's snippet, seeds, guidance, samplers, LoRA on and off, refusals."""
+"""From embedding to image: the user's snippet, seeds, guidance, samplers, LoRA, refusals."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from pixcell_min.lora import inject_lora, lora_disabled, lora_layers, lora_param
 from pixcell_min.pipeline import GUIDANCE_SCALE, PixCellPipeline, denoise
 from pixcell_min.schedulers import DDPM, SCHEDULER_NAMES, NoiseSchedule, build_scheduler
 
-ROUNDING = 1e-5  # float32, latents of order 1 to 10: the same sums in another order over a few steps
+ROUNDING = 1e-5  # float32, values of order 10: one product and two sums
 FUSED = 1e-4  # (W + s·B·A)·x rounds once, W·x + s·B·(A·x) thrice; over ten steps
 
 
@@ -34,10 +34,11 @@ def embeddings(count=1, tokens=1):
 
 
 def latents_of(pipeline, scheduler="ddim", seed=0, condition=None, **options):
-    sampler = build_scheduler(scheduler, pipeline.schedule) if isinstance(scheduler, str) else scheduler
-    options = {"num_inference_steps": 6, **options}
+    if isinstance(scheduler, str):
+        scheduler = build_scheduler(scheduler, pipeline.schedule)
     condition = embeddings() if condition is None else condition
-    return denoise(pipeline.transformer, sampler, condition, torch.Generator().manual_seed(seed), **options)
+    return denoise(pipeline.transformer, scheduler, condition, torch.Generator().manual_seed(seed),
+                   **{"num_inference_steps": 6, **options})
 
 
 def trained_lora(base, path, base_hash=None):
@@ -91,8 +92,10 @@ def test_the_same_seed_gives_the_same_bytes_whatever_else_is_drawn(pipeline, sch
     counted = pipeline(three, seed=7, **options).images  # image i uses seed + i
     torch.manual_seed(1)  # the global generator takes no part
     alone = [pipeline(three[i:i + 1], seed=7 + i, **options).images[0] for i in range(3)]
-    assert [i.tobytes() for i in together] == [i.tobytes() for i in counted] == [i.tobytes() for i in alone]
-    assert len({image.tobytes() for image in pipeline(three[:1].expand(3, 1, 16), seed=7, **options).images}) == 3
+    together, counted, alone = ([i.tobytes() for i in each] for each in (together, counted, alone))
+    assert together == counted == alone
+    seeds = pipeline(three[:1].expand(3, 1, 16), seed=7, **options).images
+    assert len({image.tobytes() for image in seeds}) == 3
 
 
 def test_the_image_depends_on_its_embedding(pipeline):
@@ -111,10 +114,10 @@ def test_one_embedding_in_any_form(pipeline, shape):
 
 def test_defaults_are_ddim_fifty_steps_and_the_released_guidance(pipeline):
     seen = []
-    image = pipeline(embeddings(), progress=lambda steps: seen.append(len(steps)) or steps).images[0]
+    images = pipeline(embeddings(), progress=lambda steps: seen.append(len(steps)) or steps).images
     assert seen == [50] and GUIDANCE_SCALE == 1.5
     explicit = pipeline(embeddings(), 50, 1.5, "ddim", 0.0, 0).images[0]
-    assert image.tobytes() == explicit.tobytes()
+    assert images[0].tobytes() == explicit.tobytes()
 
 
 # Guidance
@@ -124,13 +127,14 @@ class Recorder(torch.nn.Module):
 
     def __init__(self, network):
         super().__init__()
-        self.config, self.proj_out, self.uncond_embedding = network.config, network.proj_out, network.uncond_embedding
-        self.calls = []
+        self.config, self.proj_out, self.calls = network.config, network.proj_out, []
+        self.uncond_embedding = network.uncond_embedding
 
     def forward(self, latents, timesteps, encoder_hidden_states):
         self.calls.append((latents, timesteps, encoder_hidden_states))
-        values = encoder_hidden_states.mean(dim=(1, 2))[:, None, None, None].expand(-1, 32, *latents.shape[2:])
-        return torch.cat([values[:, :16], values[:, 16:] * 0 + 0.25], dim=1)
+        means = encoder_hidden_states.mean(dim=(1, 2))[:, None, None, None]
+        epsilon = means.expand(latents.shape)
+        return torch.cat([epsilon, torch.full_like(epsilon, 0.25)], dim=1)
 
 
 def test_guidance_moves_from_the_null_embedding_past_the_condition(pipeline):
@@ -142,11 +146,12 @@ def test_guidance_moves_from_the_null_embedding_past_the_condition(pipeline):
             given.append(model_output)
             return super().step(model_output, *rest)
 
-    denoise(network, Sampler(pipeline.schedule), condition, torch.Generator(), num_inference_steps=2, guidance_scale=3.0)
+    denoise(network, Sampler(pipeline.schedule), condition, torch.Generator(),
+            num_inference_steps=2, guidance_scale=3.0)
     null = network.uncond_embedding.mean()
     for latents, _, tokens in network.calls:
-        assert torch.equal(latents[0], latents[1]) and torch.equal(tokens[0], network.uncond_embedding)
-        assert torch.equal(tokens[1], condition[0])
+        assert torch.equal(latents[0], latents[1])
+        assert torch.equal(tokens, torch.stack([network.uncond_embedding, condition[0]]))
     for output in given:
         assert output.shape == (1, 32, 8, 8)
         expected = (null + 3.0 * (2.0 - null)).expand(1, 16, 8, 8)
@@ -158,13 +163,16 @@ def test_guidance_one_is_the_condition_alone(pipeline):
     network = Recorder(pipeline.transformer)
     denoise(network, build_scheduler("ddim", pipeline.schedule), embeddings(), torch.Generator(),
             num_inference_steps=3, guidance_scale=1)
-    assert len(network.calls) == 3 and all(torch.equal(tokens, embeddings()) for _, _, tokens in network.calls)
+    assert len(network.calls) == 3
+    assert all(torch.equal(tokens, embeddings()) for _, _, tokens in network.calls)
     # The limit of the general formula, and guidance 0 the null embedding's.
     near = latents_of(pipeline, guidance_scale=1 + 1e-6)
     close(latents_of(pipeline, guidance_scale=1), near, FUSED)
-    null = latents_of(pipeline, condition=pipeline.transformer.uncond_embedding[None], guidance_scale=1)
+    null = latents_of(pipeline, condition=pipeline.transformer.uncond_embedding[None],
+                      guidance_scale=1)
     close(latents_of(pipeline, guidance_scale=0), null, FUSED)
-    assert not torch.equal(latents_of(pipeline, guidance_scale=2.0), latents_of(pipeline, guidance_scale=1))
+    assert not torch.equal(latents_of(pipeline, guidance_scale=2.0),
+                           latents_of(pipeline, guidance_scale=1))
 
 
 # Samplers, sizes, precision
@@ -190,10 +198,11 @@ def test_the_network_is_given_the_samplers_timesteps(pipeline):
 def test_learned_variance_steers_ddpm(pipeline):
     noise = NoiseSchedule.linear()
     learned = latents_of(pipeline, DDPM(noise, variance_type="learned_range"))
-    with torch.no_grad():  # the last half of proj_out's columns is the variance, the same for every patch
+    with torch.no_grad():  # of each patch cell's 32 columns the last 16 are the variance
         kept = pipeline.transformer.proj_out.bias.clone()
         pipeline.transformer.proj_out.bias.view(4, 32)[:, 16:] += 3.0
-    assert not torch.equal(latents_of(pipeline, DDPM(noise, variance_type="learned_range")), learned)
+    assert not torch.equal(latents_of(pipeline, DDPM(noise, variance_type="learned_range")),
+                           learned)
     fixed = latents_of(pipeline, DDPM(noise))
     pipeline.transformer.proj_out.bias.data = kept
     assert torch.equal(latents_of(pipeline, DDPM(noise)), fixed)  # which the others do not look at
@@ -212,7 +221,8 @@ def test_autocast_wraps_the_network_alone(tiny_base, mixed_precision):
     exact, cast = loaded(tiny_base), loaded(tiny_base, mixed_precision)
     inside, linear = [], cast.transformer.transformer_blocks[0].ff.net[2]
     linear.register_forward_hook(lambda layer, given, out: inside.append(out.dtype))
-    cast.vae.decoder.conv_in.register_forward_hook(lambda layer, given, out: inside.append(out.dtype))
+    decoder = cast.vae.decoder.conv_in
+    decoder.register_forward_hook(lambda layer, given, out: inside.append(out.dtype))
     image = cast(embeddings(), num_inference_steps=2).images[0]
     assert inside == [cast.dtype, cast.dtype, torch.float32]
     expected = exact(embeddings(), num_inference_steps=2).images[0]
@@ -226,18 +236,20 @@ def test_sixteen_tokens(tmp_path, monkeypatch):
     pipeline = loaded(write_base(tmp_path / "base"))
     images = pipeline(embeddings(2, 16), num_inference_steps=2).images
     assert len(images) == 2
-    assert pipeline(embeddings(2, 16)[0], num_inference_steps=2).images[0].tobytes() == images[0].tobytes()
+    alone = pipeline(embeddings(2, 16)[0], num_inference_steps=2).images
+    assert len(alone) == 1 and alone[0].tobytes() == images[0].tobytes()
     with pytest.raises(ValueError, match=r"must be \(B, 16, 16\), got \(2, 1, 16\)"):
         pipeline(embeddings(2))
 
 
 def test_large_latents_are_decoded_in_tiles(pipeline, monkeypatch):
     calls = []
-    for name in ("decode", "decode_tiled"):
-        monkeypatch.setattr(pipeline.vae, name, lambda z, name=name: calls.append(name) or torch.zeros(1, 3, 8, 8))
+    black = torch.full((1, 3, 8, 8), -1.0)
+    monkeypatch.setattr(pipeline.vae, "decode", lambda z: calls.append("decode") or black)
+    monkeypatch.setattr(pipeline.vae, "decode_tiled", lambda z: calls.append("tiled") or black)
     for side in (64, 66):
         pipeline.decode(torch.zeros(1, 16, 8, side))
-    assert calls == ["decode", "decode_tiled"]
+    assert calls == ["decode", "tiled"]
 
 
 # LoRA
@@ -264,12 +276,12 @@ def test_fused_lora_equals_active_lora_and_comes_out_bit_for_bit(tiny_base, lora
     active.load_lora_weights(lora_file, scale)
     fused.load_lora_weights(lora_file, scale, fuse=True)
     assert all(layer.merged for layer in lora_layers(fused.transformer).values())
-    torch.testing.assert_close(latents_of(fused, num_inference_steps=10), latents_of(active, num_inference_steps=10),
-                               atol=FUSED, rtol=0)
+    close(*(latents_of(each, num_inference_steps=10) for each in (fused, active)), FUSED)
     with pytest.raises(ValueError, match="LoRA is merged"):
         fused.set_lora_scale(0.5)
     fused.unfuse_lora()
-    after = {name.replace(".base.", "."): tensor for name, tensor in fused.transformer.state_dict().items()}
+    after = fused.transformer.state_dict()
+    after = {name.replace(".base.", "."): tensor for name, tensor in after.items()}
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     assert torch.equal(latents_of(fused), latents_of(active))
 
@@ -298,8 +310,10 @@ def test_scale_and_fusing_need_a_lora(pipeline):
 # Refusals
 
 @pytest.mark.parametrize("embedding, message", [
-    (torch.zeros(1, 1, 15), r"must be \(B, 1, 16\), got \(1, 1, 15\)"), (torch.zeros(3, 16), r"got \(3, 16\)"),
-    (torch.zeros(1, 2, 16), r"got \(1, 2, 16\)"), (torch.zeros(1, 1, 1, 16), r"got \(1, 1, 1, 16\)"),
+    (torch.zeros(1, 1, 15), r"must be \(B, 1, 16\), got \(1, 1, 15\)"),
+    (torch.zeros(3, 16), r"got \(3, 16\)"),
+    (torch.zeros(1, 2, 16), r"got \(1, 2, 16\)"),
+    (torch.zeros(1, 1, 1, 16), r"got \(1, 1, 1, 16\)"),
     (torch.tensor(1.0), r"got \(\)"), (torch.zeros(0), r"got \(0,\)"), 
     (torch.full((1, 1, 16), float("nan")), "NaN or infinity"),
     (torch.full((1, 1, 16), float("inf")), "NaN or infinity"),
@@ -312,13 +326,16 @@ def test_wrong_embeddings_are_refused(pipeline, embedding, message):
 
 @pytest.mark.parametrize("options, message", [
     ({"num_inference_steps": 0}, "num_inference_steps is 0, expected 1 to 1000"),
-    ({"num_inference_steps": 1001}, "num_inference_steps is 1001"), ({"num_inference_steps": -1}, "is -1"),
-    ({"num_inference_steps": 2.5}, "is 2.5"), ({"scheduler": "plms"}, "scheduler is 'plms', expected one of ddim"),
-    ({"eta": 1.5}, "eta is 1.5"), ({"seed": [1, 2]}, "2 seeds for 1 embeddings"), ({"seed": []}, "0 seeds for 1"),
+    ({"num_inference_steps": 1001}, "num_inference_steps is 1001"),
+    ({"num_inference_steps": -1}, "is -1"),
+    ({"num_inference_steps": 2.5}, "is 2.5"),
+    ({"scheduler": "plms"}, "scheduler is 'plms', expected one of ddim"),
+    ({"eta": 1.5}, "eta is 1.5"), ({"seed": [1, 2]}, "2 seeds for 1 embeddings"),
+    ({"seed": []}, "0 seeds for 1"),
     ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
     ({"guidance_scale": float("inf")}, "guidance_scale is inf"),
 ])
-def test_wrong_options_are_refused_before_anything_is_drawn(pipeline, monkeypatch, options, message):
+def test_wrong_options_are_refused_before_any_work(pipeline, monkeypatch, options, message):
     for part in (pipeline.transformer, pipeline.vae):
         monkeypatch.setattr(part, "forward", None)
     for name in SCHEDULER_NAMES if "num_inference_steps" in options else ("ddim",):
@@ -335,12 +352,14 @@ def test_an_image_that_is_not_finite_is_refused(pipeline):
 def test_pixels_are_rounded_and_clamped(pipeline, monkeypatch):
     levels = torch.tensor([-3.0, -1, 0.6 / 127.5 - 1, 0.4 / 127.5 - 1, 1, 3])
     monkeypatch.setattr(pipeline.vae, "decode", lambda z: levels.expand(1, 3, 1, 6))
-    assert np.asarray(pipeline.decode(torch.zeros(1, 16, 1, 1)))[0, :, 0].tolist() == [0, 0, 1, 0, 255, 255]
+    pixels = np.asarray(pipeline.decode(torch.zeros(1, 16, 1, 1)))
+    assert pixels[0, :, 0].tolist() == [0, 0, 1, 0, 255, 255]
 
 
 def test_the_encoder_is_loaded_once_and_late(tiny_base, pipeline):
     calls = []
-    lazy = PixCellPipeline(pipeline.transformer, pipeline.vae, lambda: calls.append(1) or load_encoder(tiny_base),
-                           pipeline.schedule, base_hash="", device="cpu")
+    lazy = PixCellPipeline(
+        pipeline.transformer, pipeline.vae, lambda: calls.append(1) or load_encoder(tiny_base),
+        pipeline.schedule, base_hash="", device="cpu")
     assert not calls
     assert lazy.encoder is lazy.encoder and calls == [1]

@@ -20,7 +20,8 @@ def no_cuda(monkeypatch):
 
 
 def test_device_on_a_machine_with_cuda(cuda):
-    assert choose_device("auto") == torch.device("cuda") and choose_device("cpu") == torch.device("cpu")
+    assert choose_device("auto") == torch.device("cuda")
+    assert choose_device("cpu") == torch.device("cpu")
     assert choose_device("cuda:1") == torch.device("cuda:1")
     with pytest.raises(ValueError, match="'cuda:2' is not available"):
         choose_device("cuda:2")
@@ -29,7 +30,7 @@ def test_device_on_a_machine_with_cuda(cuda):
 def test_device_on_a_machine_without(no_cuda):
     assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
     for name in ("cuda", "cuda:0", "mps", "abacus", "cpu:x"):
-        with pytest.raises(ValueError, match=f"device '{name}' is not available here; expected auto or cpu") as error:
+        with pytest.raises(ValueError, match=f"device '{name}' is not available here") as error:
             choose_device(name)
         assert "\n" not in str(error.value)
 
@@ -48,7 +49,8 @@ def test_named_precisions():
     assert DTYPES == {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
     for name, dtype in DTYPES.items():
         assert choose_dtype(name, torch.device("cpu")) == dtype
-    with pytest.raises(ValueError, match="mixed_precision is 'fp8', expected auto, no, fp16 or bf16"):
+    with pytest.raises(ValueError,
+                       match="mixed_precision is 'fp8', expected auto, no, fp16 or bf16"):
         choose_dtype("fp8", torch.device("cpu"))
 
 

@@ -163,6 +163,28 @@ def test_bad_input_is_one_line_and_exit_2_and_leaves_nothing(name, arguments, tm
     assert not (tmp_path / "run").exists()
 
 
+def test_an_unreadable_tile_is_named_and_skipped_or_stops_the_run(arguments, tiles, capsys, tmp_path):
+    (tiles / "TUM" / "broken.png").write_bytes(b"no image")
+    assert train.main([*arguments, "--strict-data"]) == 2
+    assert not (tmp_path / "run").exists()
+    assert "broken.png" in capsys.readouterr().err
+    assert train.main([*arguments, "--max-train-steps", "1"]) == 0
+    captured = capsys.readouterr()
+    assert "broken.png" in captured.err and "6 to train on, 2 held out" in captured.out
+
+
+def test_held_out_tiles_are_never_trained_on(arguments, tiny_base):
+    config = train.parse_train(arguments)[0]
+    pipeline = load_pixcell_base(tiny_base, "cpu", "no")
+    features, tiles_in, held_out = train.load_features(config, pipeline)
+    assert len(tiles_in) == 6 and len(held_out) == 2 and not set(tiles_in) & set(held_out)
+    seen = torch.cat([batch.embeddings for step in range(4) for batch in train.draw_micro_batches(
+        config, features, features.rows(tiles_in), pipeline.schedule, step, "cpu")])
+    for row in features.rows(held_out):
+        for variant in range(features.variants):
+            assert not (seen == features.embeddings[row + variant]).all(dim=(1, 2)).any()
+
+
 def test_folder_of_unreadable_tiles_is_one_line(arguments, tmp_path, capsys):
     bad = tmp_path / "bad" / "TUM"
     bad.mkdir(parents=True)
@@ -327,13 +349,16 @@ def test_validation_is_the_same_each_time_and_restores_the_mode(arguments, tiny_
     config = train.parse_train(arguments)[0]
     pipeline = load_pixcell_base(tiny_base, "cpu", "no")
     adapter = train.make_trainable(config, pipeline)
-    _, validation = train.load_features(config, pipeline)
+    features, _, held_out = train.load_features(config, pipeline)
     pipeline.transformer.train()
-    values = {training.validation_loss(pipeline.transformer, adapter, pipeline.schedule, validation,
-                                       size, 0) for size in (2, 2)}
+
+    def measure(batch_size):
+        return training.validation_loss(pipeline.transformer, adapter, pipeline.schedule, features,
+                                        features.rows(held_out), batch_size, 0)
+
+    values = {measure(size) for size in (2, 2)}
     assert len(values) == 1 and pipeline.transformer.training
-    other = training.validation_loss(pipeline.transformer, adapter, pipeline.schedule, validation,
-                                     5, 0)
+    other = measure(5)
     assert other == pytest.approx(values.pop(), rel=1e-5)  # whatever the micro-batch size
 
 

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from conftest import TINY_VAE
 from safetensors.torch import load_file, save_file
 
-from pixcell_min.vae import FIXED, WEIGHTS_NAME, AutoencoderKL, VAEConfig, ramp, sample_posterior, tile_starts
+from pixcell_min.vae import (
+    FIXED, WEIGHTS_NAME, AutoencoderKL, VAEConfig, ramp, sample_posterior, tile_starts,
+)
 
 ROUNDING = 1e-5  # float32: a few sums and quotients of values of order 1
 SCALE, SHIFT = 1.5305, 0.0609
@@ -64,7 +66,8 @@ def test_down_sampling_pads_below_and_right():
 
 def test_posterior_draws_are_the_generators():
     mean, logvar = torch.randn(2, 16, 2, 3), torch.full((2, 16, 2, 3), 2 * math.log(0.5))
-    first, again, other = (sample_posterior(mean, logvar, torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    first, again, other = (sample_posterior(mean, logvar, torch.Generator().manual_seed(s))
+                           for s in (1, 1, 2))
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(1))
     assert torch.equal(first, again) and not torch.equal(first, other)
     close(first, mean + 0.5 * noise)
@@ -82,7 +85,8 @@ def test_posterior_has_the_stated_deviation():
 
 def pointwise(vae, monkeypatch):
     """A decoder that looks at one latent cell alone: tiles of it must join without a trace."""
-    monkeypatch.setattr(vae, "decode", lambda z: F.interpolate(z[:, :3] + z[:, 3:6], scale_factor=8.0))
+    monkeypatch.setattr(vae, "decode",
+                        lambda z: F.interpolate(z[:, :3] + z[:, 3:6], scale_factor=8.0))
     return vae
 
 
@@ -105,12 +109,16 @@ def test_an_image_of_one_tile_is_decoded_whole():
 
 @pytest.mark.parametrize("overlap", [2, 6])
 def test_tiles_of_other_brightness_are_cross_faded(overlap, monkeypatch):
-    # Group norms see one tile, so neighbours differ in brightness. Here by 1, the worst case: black beside white.
+    # Group norms see one tile, so neighbours differ in brightness: here by 1, black beside white.
     vae, count = tiny(), iter(range(100))
-    monkeypatch.setattr(vae, "decode", lambda z: torch.full((1, 3, 8 * z.shape[2], 8 * z.shape[3]), float(next(count) % 2)))
+
+    def decode(z):
+        return torch.full((1, 3, 8 * z.shape[2], 8 * z.shape[3]), float(next(count) % 2))
+
+    monkeypatch.setattr(vae, "decode", decode)
     image = vae.decode_tiled(torch.zeros(1, 16, 12, 33), 12, overlap)
     assert next(count) > 2 and image.min() == 0 and image.max() > 0.9
-    # Linear over the overlap; the last tile may overlap two others, which at most doubles the slope.
+    # Linear over the overlap; the last tile may overlap two others, at most double the slope.
     assert image.diff(dim=3).abs().max() <= 2 / (8 * overlap + 1) + ROUNDING
     assert image.diff(dim=2).abs().max() < ROUNDING
 
@@ -162,7 +170,8 @@ def test_an_absent_quant_switch_means_another_network(key):
 
 
 def test_other_absent_switches_mean_this_network():
-    kept = {k: v for k, v in TINY_VAE.items() if k not in ("act_fn", "mid_block_add_attention", "_class_name")}
+    optional = ("act_fn", "mid_block_add_attention", "_class_name")
+    kept = {key: value for key, value in TINY_VAE.items() if key not in optional}
     assert VAEConfig.from_dict(kept) == VAEConfig.from_dict(TINY_VAE)
 
 
@@ -192,7 +201,8 @@ def test_from_pretrained(tiny_base, tmp_path, dtype):
     stored = load_file(tiny_base / "vae" / WEIGHTS_NAME)
     vae = AutoencoderKL.from_pretrained(tiny_base / "vae", dtype=dtype)
     assert not vae.training
-    assert all(torch.equal(tensor, stored[name].to(dtype)) for name, tensor in vae.state_dict().items())
+    loaded = vae.state_dict()
+    assert all(torch.equal(loaded[name], tensor.to(dtype)) for name, tensor in stored.items())
     # A snapshot with the configuration alone, its weights elsewhere.
     (tmp_path / "config.json").write_text(json.dumps(TINY_VAE))
     elsewhere = AutoencoderKL.from_pretrained(tmp_path, tiny_base / "vae" / WEIGHTS_NAME, dtype)
@@ -206,5 +216,6 @@ def test_weights_that_do_not_fit_are_refused(tiny_base, tmp_path):
     tensors = load_file(tiny_base / "vae" / WEIGHTS_NAME)
     tensors["quant_conv.weight"] = tensors.pop("decoder.conv_in.weight")
     save_file(tensors, tmp_path / WEIGHTS_NAME)
-    with pytest.raises(ValueError, match="1 missing .decoder.conv_in.weight.*1 unexpected .quant_conv.weight"):
+    with pytest.raises(ValueError,
+                       match="1 missing .decoder.conv_in.weight.*1 unexpected .quant_conv.weight"):
         AutoencoderKL.from_pretrained(tmp_path)
