@@ -13,6 +13,7 @@ import os
 import pickle
 import struct
 import tempfile
+import warnings
 from pathlib import Path
 
 import torch
@@ -71,9 +72,15 @@ def _read_safetensors(path):
             f"{path}: truncated or not a safetensors file ({error}); copy it again") from None
 
 
+def _load_weights_only(path):
+    with warnings.catch_warnings():  # torch remarks on foreign pickles; the error says it in a line
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def _read_pickle(path):
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = _load_weights_only(path)
     except BROKEN_PICKLE as error:
         # torch's own text, of many lines, suggests weights_only=False: never repeat that advice.
         cause = ("pickled code" if "Unsupported" in str(error) or "weights_only" in str(error)
@@ -152,7 +159,7 @@ def save_object(path, content) -> None:
 def load_object(path) -> dict:
     """Read a `save_object` file, `weights_only=True`. Raises: ValueError if missing or broken."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return _load_weights_only(path)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; nothing to resume from") from None
     except BROKEN_PICKLE:
