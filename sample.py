@@ -27,7 +27,7 @@ def parse_sample(argv=None):
                            description="Draw tiles that look like the given ones.")
     parser.add_argument("--image", nargs="+", required=True, type=Path,
                         help="tile, several tiles, or a folder of tiles")
-    parser.add_argument("--base", help="base folder; default: the run's, else weights/pixcell-nano")
+    parser.add_argument("--base", help="base folder; default: the run's, else $PIXCELL_BASE, else nano")
     parser.add_argument("--run", type=Path,
                         help="run folder of train.py: its LoRA, adapter and base")
     parser.add_argument("--lora", type=Path, help="LoRA file, instead of the run's")
@@ -64,7 +64,7 @@ def main(argv=None) -> int:
     options = parse_sample(argv)
     try:
         sample(options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"sample.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -77,6 +77,8 @@ def sample(options) -> None:
     """Draw and write all images. Raises: ValueError for whatever the caller can mend."""
     run_settings = read_run(options)
     tiles = output_names(options.image)
+    for path in tiles:  # all of them, before the first is drawn: hours later would be too late
+        read_tile(path)
     pipeline = load_pixcell_base(options.base or run_settings.get("base"), options.device,
                                  options.mixed_precision)
     adapter = None

@@ -7,9 +7,10 @@ Without --data it trains on procedural tiles of a second "laboratory", whose sta
 has never seen.
 """
 
+import hashlib
 import json
+import math
 import os
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -31,9 +32,12 @@ from pixcell_min.training import (build_optimizer, build_scaler, diffusion_loss,
                                   generator_for, optimizer_step, rate_factor, validation_loss)
 
 PROCEDURAL_TILES = 72  # 8 of each tissue
+PROCEDURAL_SEED = 10**9  # the base's pretraining used lower ones: the same tissue in another stain
+MAX_VALIDATION_TILES = 64  # spread over the held-out tiles; more would take longer than training
+MAX_SKIPPED_STEPS = 20  # in a row; float16 overflows now and then, not always
 GRID_STEPS = 20  # of DPM-Solver++ 2M, for the sample grid
-STATE, LORA, ADAPTER, SETTINGS, METRICS = (
-    "state.pt", "lora_weights.safetensors", "adapter.safetensors", "config.yaml", "metrics.jsonl")
+STATE, LORA, ADAPTER = "state.pt", "lora_weights.safetensors", "adapter.safetensors"
+SETTINGS, METRICS, GRID = "config.yaml", "metrics.jsonl", "samples/grid.png"
 # Settings that a resumed run may change: they touch neither a drawn number nor a weight.
 FREE_ON_RESUME = {"out", "cache", "save_every", "validate_every", "sample_count", "guidance_scale"}
 
@@ -50,12 +54,13 @@ def main(argv=None) -> int:
             print(to_yaml(config), end="")
         else:
             train(config, options)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("train.py: interrupted; go on from the last save: "
-              f"python train.py --resume --out {config.out if config else 'RUN'}",
+        saved = config is not None and (Path(config.out) / STATE).is_file()
+        print("train.py: interrupted" + (f"; go on from the last save: python train.py --resume "
+                                         f"--out {config.out}" if saved else " before any save"),
               file=sys.stderr)
         return 130
     return 0
@@ -65,23 +70,28 @@ def train(config: Config, options) -> None:
     """One run, from tiles to a run folder. Raises: ValueError for whatever the caller can mend."""
     run = Path(config.out)
     check_run_folder(run, config, options)
+    tiles = find_tiles(config.data or procedural_tiles(config))
     pipeline = load_pixcell_base(config.base, config.device, config.mixed_precision)
     transformer, schedule, dtype = pipeline.transformer, pipeline.schedule, pipeline.dtype
     adapter = make_trainable(config, pipeline)
-    features, training, validation = load_features(config, pipeline)
-    training_rows, validation_rows = features.rows(training), features.rows(validation)
+    features, training, validation = load_features(config, pipeline, tiles)
+    training_rows = features.rows(training)
+    validation = spread(validation, MAX_VALIDATION_TILES)
     optimizer = build_optimizer(
         lora_parameters(transformer), adapter.parameters(), config.learning_rate,
         config.adapter_learning_rate, config.weight_decay)
-    scaler, start = build_scaler(pipeline.device, dtype), 0
+    scaler, start, skipped = build_scaler(pipeline.device, dtype), 0, 0
+    # What a saved state must agree with to be continued.
+    identity = {"base_hash": pipeline.base_hash, "dtype": str(dtype),
+                "tiles": fingerprint(features.embeddings[training_rows])}
     if options.resume:
-        start = load_state(run, transformer, adapter, optimizer, scaler)
+        start = load_state(run, identity, transformer, adapter, optimizer, scaler)
     else:
         make_run_folder(run, config)
 
     def validate(step):
-        loss = validation_loss(transformer, adapter, schedule, features, validation_rows,
-                               config.batch_size, config.seed, dtype)
+        loss = validation_loss(transformer, adapter, schedule, features,
+                               features.rows(validation), config.batch_size, config.seed, dtype)
         log(run, {"step": step, "validation_loss": loss})
         tqdm.write(f"validation loss at step {step}: {loss:.5f}")
 
@@ -98,7 +108,12 @@ def train(config: Config, options) -> None:
             report = optimizer_step(
                 lambda batch: diffusion_loss(transformer, adapter, schedule, batch, dtype),
                 draw_micro_batches(config, features, training_rows, schedule, step, pipeline.device),
-                optimizer, scaler, config.max_grad_norm)
+                config.batch_size * config.gradient_accumulation_steps, optimizer, scaler,
+                config.max_grad_norm)
+            skipped = skipped + 1 if report.skipped else 0
+            if skipped == MAX_SKIPPED_STEPS:
+                raise ValueError(f"float16 overflowed in {skipped} steps in a row; the last save is "
+                                 "kept; use --mixed-precision bf16 or no, or lower rates")
             done, rates = step + 1, [group["lr"] for group in optimizer.param_groups]
             log(run, {"step": done, "loss": report.loss, "grad_norm": report.grad_norm,
                       "lora_rate": rates[0], "adapter_rate": rates[1], "skipped": report.skipped,
@@ -106,10 +121,11 @@ def train(config: Config, options) -> None:
             bar.set_postfix(loss=f"{report.loss:.4f}", lora=f"{rates[0]:.1e}",
                             adapter=f"{rates[1]:.1e}")
             bar.update()
-            if is_due(done, config.save_every) or done == config.max_train_steps:
-                save_state(run, done, config, pipeline, adapter, optimizer, scaler)
-            if is_due(done, config.validate_every) or done == config.max_train_steps:
-                validate(done)
+            last = done == config.max_train_steps
+            if is_due(done, config.validate_every) or last:
+                validate(done)  # before saving: a resumed run drops what was logged after its save
+            if is_due(done, config.save_every) or last:
+                save_state(run, done, config, identity, pipeline, adapter, optimizer, scaler)
     if config.sample_count:
         draw_grid(run, config, pipeline, adapter, features, validation)
     print(f"done: {run}\nnext: python sample.py --run {run} --image TILE --compare")
@@ -135,15 +151,15 @@ def check_run_folder(run: Path, config: Config, options) -> None:
         if not options.overwrite:
             raise ValueError(f"{run}: exists; go on with --resume, replace it with --overwrite, "
                              "or choose another --out")
-        if not (run / SETTINGS).is_file():
-            raise ValueError(
-                f"{run}: holds no {SETTINGS}, so it is no run; --overwrite does not delete it")
+        if not ((run / SETTINGS).is_file() and (run / METRICS).is_file()):
+            raise ValueError(f"{run}: holds no {SETTINGS} and {METRICS}, so it is no run; "
+                             "--overwrite replaces runs only")
 
 
 def make_run_folder(run: Path, config: Config) -> None:
-    """Write settings; --overwrite deletes only now, when base and tiles are known to be good."""
-    if run.is_dir():
-        shutil.rmtree(run)
+    """Write settings; --overwrite deletes a run's own files, now that base and tiles are good."""
+    for name in (STATE, LORA, ADAPTER, METRICS, GRID):
+        (run / name).unlink(missing_ok=True)
     checkpoint.write_text(run / SETTINGS, to_yaml(config))
 
 
@@ -169,14 +185,13 @@ def make_trainable(config: Config, pipeline) -> EmbeddingAdapter:
     return adapter
 
 
-def load_features(config: Config, pipeline):
+def load_features(config: Config, pipeline, tiles):
     """(features of all readable tiles, from the cache where it has them; training, held-out tiles).
 
     Cached before they are split: another seed or share finds its features in the cache.
     """
-    folder = Path(config.data) if config.data else procedural_tiles(config)
     features = cached_features(
-        config.cache, find_tiles(folder), pipeline.vae,
+        config.cache, tiles, pipeline.vae,
         lambda images: pipeline.encoder(images),  # loaded on a miss only
         base_hash=features_hash(config.base),
         size=pipeline.transformer.config.sample_size * pipeline.vae.downscale,
@@ -184,16 +199,18 @@ def load_features(config: Config, pipeline):
         batch_size=config.batch_size, device=pipeline.device,
         report=lambda line: print(line, file=sys.stderr))
     training, validation = split_tiles(features.tiles, config.validation_fraction, config.seed)
-    print(f"tiles of {folder}: {len(training)} to train on, {len(validation)} held out")
+    held = sum(t.nbytes for t in (features.mean, features.std, features.embeddings))
+    print(f"tiles: {len(training)} to train on, {len(validation)} held out; latents and embeddings "
+          f"of {features.variants} variants each hold {held / 1e6:.0f} MB of memory")
     return features, training, validation
 
 
 def procedural_tiles(config: Config) -> Path:
     """Folder of the second laboratory's procedural tiles, drawn once; appears when complete."""
-    folder = Path(config.cache) / f"procedural-second-{PROCEDURAL_TILES}"
+    folder = Path(config.cache) / f"procedural-second-{PROCEDURAL_TILES}-{PROCEDURAL_SEED}"
     if not folder.exists():
         partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-        write_dataset(partial, PROCEDURAL_TILES, SECOND, seed=0)
+        write_dataset(partial, PROCEDURAL_TILES, SECOND, PROCEDURAL_SEED)
         os.replace(partial, folder)
     return folder
 
@@ -203,7 +220,8 @@ def draw_micro_batches(config: Config, features, rows, schedule, step: int, devi
     for micro in range(config.gradient_accumulation_steps):
         micro_step = step * config.gradient_accumulation_steps + micro
         generator = generator_for(config.seed, "train", micro_step)
-        torch.manual_seed(generator.initial_seed())  # LoRA dropout draws from the global generator
+        # LoRA dropout draws from the global generator: seeded apart from the noise of the batch.
+        torch.manual_seed(generator_for(config.seed, "dropout", micro_step).initial_seed())
         chosen = rows[batch_indices(len(rows), config.batch_size, micro_step, config.seed)]
         yield draw_batch(
             features, chosen, schedule, config.condition_dropout, generator).to(device)
@@ -217,43 +235,65 @@ def is_due(step: int, every: int) -> bool:
 def log(run: Path, values: dict) -> None:
     """Append a line to metrics.jsonl."""
     with open(run / METRICS, "a", encoding="utf-8") as file:
-        file.write(json.dumps(values) + "\n")
+        finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value
+                  for key, value in values.items()}  # JSON knows no NaN
+        file.write(json.dumps(finite) + "\n")
 
 
-def save_state(run, step, config, pipeline, adapter, optimizer, scaler) -> None:
+def fingerprint(tensor) -> str:
+    """SHA-256 of a float32 CPU tensor's bytes."""
+    return hashlib.sha256(tensor.contiguous().numpy()).hexdigest()
+
+
+def spread(items: list, count: int) -> list:
+    """At most `count` of a list, evenly spaced, in order."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def save_state(run, step, config, identity, pipeline, adapter, optimizer, scaler) -> None:
     """Write the two files to share, then the state to resume from, each whole or not at all."""
     provenance = {"base_hash": pipeline.base_hash, "base": str(config.base), "step": str(step)}
     save_lora(pipeline.transformer, run / LORA, provenance)
     save_adapter(adapter, run / ADAPTER, provenance)
     checkpoint.save_object(run / STATE, {
-        "step": step, "lora": lora_state_dict(pipeline.transformer),
+        **identity, "step": step, "lora": lora_state_dict(pipeline.transformer),
         "adapter": adapter.state_dict(), "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict()})
 
 
-def load_state(run, transformer, adapter, optimizer, scaler) -> int:
+def load_state(run, identity, transformer, adapter, optimizer, scaler) -> int:
     """Put a saved state back; → optimizer steps done. Raises: ValueError if it does not fit."""
     state = checkpoint.load_object(run / STATE)
+    expected = {*identity, "step", "lora", "adapter", "optimizer", "scaler"}
+    if not isinstance(state, dict) or state.keys() != expected:
+        raise ValueError(f"{run / STATE}: not the state of a run; expected {sorted(expected)}")
+    for key, value in identity.items():
+        if state[key] != value:
+            raise ValueError(f"{run}: cannot resume: {key} was {state[key]}, is {value}")
+    kept = logged_until(run, state["step"])
     load_lora_state_dict(transformer, state["lora"], run / STATE)
     checkpoint.load_strict(adapter, state["adapter"], run / STATE)
     optimizer.load_state_dict(state["optimizer"])
     scaler.load_state_dict(state["scaler"])
-    trim_metrics(run, state["step"])
+    checkpoint.write_text(run / METRICS, kept)
     return state["step"]
 
 
-def trim_metrics(run: Path, step: int) -> None:
-    """Drop the logged steps after the saved one: they are done again."""
-    lines = (run / METRICS).read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    checkpoint.write_text(run / METRICS, "".join(kept))
+def logged_until(run: Path, step: int) -> str:
+    """The lines of metrics.jsonl up to a step; later ones are logged again. Raises: ValueError."""
+    lines = checkpoint.read_text(run / METRICS).splitlines(keepends=True)
+    try:
+        return "".join(line for line in lines
+                       if line.endswith("\n") and json.loads(line)["step"] <= step)
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{run / METRICS}: a line is no log entry; mend or remove it") from None
 
 
 def draw_grid(run, config, pipeline, adapter, features, validation) -> None:
     """samples/grid.png: held-out tiles beside what base and adapted model draw from them."""
     pipeline.transformer.eval(), adapter.eval()
-    count = min(config.sample_count, len(validation))
-    chosen = [validation[i * len(validation) // count] for i in range(count)]  # over the classes
+    chosen = spread(validation, config.sample_count)  # over the classes
     embeddings = features.embeddings[features.rows(chosen)].to(pipeline.device)
     size = pipeline.transformer.config.sample_size * pipeline.vae.downscale
     settings = {"num_inference_steps": GRID_STEPS, "scheduler": "dpmpp_2m", "seed": config.seed,
@@ -264,7 +304,7 @@ def draw_grid(run, config, pipeline, adapter, features, validation) -> None:
             base = pipeline(embeddings, **settings).images
     real = [fit_tile(read_tile(tile.path), size, config.tile_fit) for tile in chosen]
     grid = image_grid(list(zip(real, base, adapted)), ("real, held out", "base", "adapted"))
-    save_png(run / "samples" / "grid.png", grid,
+    save_png(run / GRID, grid,
              {**settings, "tiles": [tile.path.name for tile in chosen]})
 
 

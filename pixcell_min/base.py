@@ -99,8 +99,9 @@ def _default_encoder(base):
 def uni2h_encoder(images):
     """Embed PIL image(s) or float tensor(s) with the default base's encoder → (B, S, E) float32.
 
+    On the CPU, where `load_adapter` puts an adapter; a pipeline takes it to its own device.
     The default base is the one `load_pixcell_base()` loads: $PIXCELL_BASE or the embedded
     pixcell-nano, whose encoder is a small stand-in of the same class. Raises: ValueError as
     `TileEncoder.forward`.
     """
-    return _default_encoder(find_base())(images)
+    return _default_encoder(find_base())(images).cpu()

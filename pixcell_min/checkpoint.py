@@ -27,6 +27,16 @@ BROKEN_PICKLE = (pickle.UnpicklingError, struct.error, AssertionError, Attribute
 MAX_NAMED_KEYS = 3  # an error line names this many keys of each kind and counts the rest
 
 
+def read_text(path) -> str:
+    """Read a UTF-8 text file. Raises: ValueError if it is missing or not UTF-8."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a UTF-8 text file ({error.reason})") from None
+
+
 def read_json(path) -> dict:
     """Read a JSON object. Raises: ValueError if the file is missing, not JSON, or not an object."""
     path = Path(path)
@@ -88,9 +98,10 @@ def _read_pickle(path):
         raise ValueError(f"{path}: refused, not a plain file of tensors ({cause}); "
                          "expected weights only") from None
     if not isinstance(content, dict) or not all(
-        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in content.items()
+        isinstance(key, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided
+        for key, value in content.items()
     ):
-        raise ValueError(f"{path}: expected a flat dict of tensors, got {type(content).__name__}")
+        raise ValueError(f"{path}: expected a flat dict of dense tensors, got {type(content).__name__}")
     return content
 
 

@@ -64,9 +64,10 @@ def diffusion_loss(transformer, adapter, schedule, batch: Batch, dtype=None):
     device = batch.latents.device
     noisy = schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
     target = schedule.target(batch.latents, batch.noise, batch.timesteps)
+    # The adapter stays outside: it is trained in the precision in which it will sample.
+    tokens = condition_tokens(
+        adapter, batch.embeddings, batch.dropped, transformer.uncond_embedding)
     with autocast(device, dtype):
-        tokens = condition_tokens(
-            adapter, batch.embeddings, batch.dropped, transformer.uncond_embedding)
         output = transformer(latents=noisy, timesteps=batch.timesteps, encoder_hidden_states=tokens)
     predicted = output[:, :noisy.shape[1]].float()
     return F.mse_loss(predicted, target, reduction="none").mean(dim=(1, 2, 3))
@@ -105,18 +106,18 @@ class StepReport:
     skipped: bool  # float16 overflowed: no weight changed, the scale was lowered
 
 
-def optimizer_step(loss_of, batches, optimizer, scaler, max_grad_norm: float) -> StepReport:
-    """One optimizer step from micro-batches: gradients of the mean over all their samples.
+def optimizer_step(loss_of, batches, num_samples, optimizer, scaler,
+                   max_grad_norm: float) -> StepReport:
+    """One optimizer step from micro-batches: gradients of the mean over all `num_samples` samples.
 
-    loss_of: Batch → per-sample losses (B,); batches may differ in size. Gradients are unscaled
-    before they are clipped. The caller sets the rates before and, in a skipped step, leaves
-    schedules where they were.
+    loss_of: Batch → per-sample losses (B,); batches, perhaps of different sizes, are drawn one by
+    one. Gradients are unscaled before they are clipped. Raises: ValueError for a gradient that is
+    not finite without a scaler to skip it; no weight has changed then.
     """
-    batches = list(batches)
-    count, total = sum(len(batch.timesteps) for batch in batches), 0.0
+    total = 0.0
     optimizer.zero_grad(set_to_none=True)
     for batch in batches:
-        loss = loss_of(batch).sum() / count
+        loss = loss_of(batch).sum() / num_samples
         scaler.scale(loss).backward()
         total += loss.item()
     scaler.unscale_(optimizer)

@@ -32,11 +32,15 @@ class TileEncoder(nn.Module):
     """Preprocessing and vision transformer; frozen, evaluation mode, any number of tiles a call."""
 
     def __init__(self, model_args=None, mean=IMAGENET_MEAN, std=IMAGENET_STD):
-        """`model_args`: sizes, as in UNI2H_ARGS. Raises: ValueError for arguments timm refuses."""
+        """`model_args`: sizes that differ from UNI2H_ARGS; other keys of timm's are not read.
+
+        Raises: ValueError for arguments timm refuses.
+        """
         super().__init__()
-        args = UNI2H_ARGS if model_args is None else model_args
-        if not isinstance(args, dict) or set(args) != set(UNI2H_ARGS):
-            raise ValueError(f"model_args must name exactly {sorted(UNI2H_ARGS)}, got {args!r}")
+        if not isinstance(model_args or {}, dict):
+            raise ValueError(f"model_args must be a table of arguments, got {model_args!r}")
+        # Keys beyond ours say nothing new: a network they would change has other tensors.
+        args = UNI2H_ARGS | {k: v for k, v in (model_args or {}).items() if k in UNI2H_ARGS}
         try:
             self.vit = timm.create_model(
                 ARCHITECTURE, pretrained=False, num_classes=0, no_embed_class=True,
@@ -62,9 +66,7 @@ class TileEncoder(nn.Module):
             raise ValueError(
                 f"{folder}: no {' or '.join(WEIGHT_NAMES)}; put the encoder's weights there")
         tensors, _ = read_tensors(path)
-        pretrained = config.get("pretrained_cfg") or {}
-        encoder = cls(config.get("model_args"), pretrained.get("mean", IMAGENET_MEAN),
-                      pretrained.get("std", IMAGENET_STD)).to(dtype)
+        encoder = cls(config.get("model_args"), *_normalisation(config, folder)).to(dtype)
         load_strict(encoder.vit, tensors, path)
         return encoder.requires_grad_(False).eval()
 
@@ -117,6 +119,19 @@ class TileEncoder(nn.Module):
                  for left, top, right, bottom in crop_boxes(image.shape[2], image.shape[1])]
         return F.interpolate(
             torch.stack(parts).float(), (size, size), mode="bilinear", antialias=True)
+
+
+def _normalisation(config, folder):
+    """(mean, std) of `pretrained_cfg`, ImageNet's where it names none."""
+    pretrained = config.get("pretrained_cfg") or {}
+    if not isinstance(pretrained, dict):
+        raise ValueError(f"{folder / 'config.json'}: pretrained_cfg must be a table")
+    values = [pretrained.get("mean", IMAGENET_MEAN), pretrained.get("std", IMAGENET_STD)]
+    for value in values:
+        if not isinstance(value, (list, tuple)) or [type(v) for v in value] != [float] * 3:
+            raise ValueError(f"{folder / 'config.json'}: mean and std must be three numbers, "
+                             f"got {value!r}")
+    return values
 
 
 def crop_boxes(width, height):

@@ -58,6 +58,10 @@ class VAEConfig:
                     isinstance(n, bool) or not isinstance(n, kind)
                     or (n <= 0 and name != "shift_factor") for n in numbers):
                 raise ValueError(f"{source}: {name} must be a positive number, got {value!r}")
+        groups, widths = values["norm_num_groups"], values["block_out_channels"]
+        if any(width % groups for width in widths):
+            raise ValueError(f"{source}: block_out_channels {widths} must be multiples of "
+                             f"norm_num_groups {groups}")
         return cls(**{**values, "block_out_channels": tuple(values["block_out_channels"])})
 
 

@@ -131,12 +131,12 @@ def test_missing_files_folders_and_unknown_endings(tmp_path):
 
 @pytest.mark.parametrize("content", [
     [torch.zeros(1)], {"model": {"a": torch.zeros(1)}}, {"a": 1.0}, {0: torch.zeros(1)},
-    torch.zeros(2),
+    torch.zeros(2), {"a": torch.zeros(2).to_sparse()},
 ])
 def test_what_is_no_flat_dict_of_tensors_is_refused(tmp_path, content):
     path = tmp_path / "t.pth"
     torch.save(content, path)
-    assert "expected a flat dict of tensors" in refusal(read_tensors, path)
+    assert "expected a flat dict of dense tensors" in refusal(read_tensors, path)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pickle
 import shutil
 import subprocess
@@ -12,11 +13,13 @@ import torch
 
 import train
 from conftest import ROOT, write_base
+from pixcell_min import base as base_module
 from pixcell_min import training
 from pixcell_min.adapter import EmbeddingAdapter, load_adapter
 from pixcell_min.base import load_pixcell_base
 from pixcell_min.checkpoint import read_tensors
 from pixcell_min.config import Config, read_yaml
+from pixcell_min.data import find_tiles
 from pixcell_min.images import read_settings
 from pixcell_min.lora import inject_lora, load_lora, lora_layers, lora_parameters
 from pixcell_min.schedulers import NoiseSchedule
@@ -128,6 +131,106 @@ def test_overwrite_does_not_delete_a_folder_that_is_no_run(arguments, tmp_path, 
     assert (tmp_path / "run" / "thesis.txt").read_text() == "years of work"
 
 
+def test_overwrite_replaces_a_runs_own_files_and_leaves_all_others(arguments, tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("lora_rank: 2")  # as in the repository's own root
+    (run / "precious").write_text("kept")
+    assert train.main([*arguments, "--overwrite"]) == 2
+    assert "it is no run" in capsys.readouterr().err
+    for name in ("config.yaml", "precious"):
+        assert (run / name).exists()
+    (run / "metrics.jsonl").write_text("")
+    (run / "state.pt").write_text("old")
+    assert train.main([*arguments, "--overwrite", "--max-train-steps", "1"]) == 0
+    assert (run / "precious").read_text() == "kept" and (run / "state.pt").stat().st_size > 3
+
+
+def test_a_cache_and_tiles_inside_the_run_folder_survive(arguments, tmp_path, tiles):
+    run = tmp_path / "run"
+    inside = [*arguments, "--cache", str(run / "cache"), "--max-train-steps", "1"]
+    assert train.main(inside) == 0
+    assert train.main([*inside, "--overwrite"]) == 0
+    assert list((run / "cache").glob("features-*.safetensors"))
+
+
+RESUME_DAMAGE = {
+    "another base": "base_hash was",
+    "other tiles": "tiles was",
+    "other precision": "dtype was",
+    "no state": "not the state of a run",
+    "no metrics": "metrics.jsonl: cannot be read",
+    "broken metrics": "metrics.jsonl: a line is no log entry",
+}
+
+
+@pytest.mark.parametrize("damage", RESUME_DAMAGE)
+def test_resume_refuses_what_would_mix_runs(damage, arguments, tiles, tmp_path, monkeypatch, capsys):
+    run, base = tmp_path / "run", tmp_path / "base"
+    write_base(base)
+    flags = [*arguments, "--base", str(base), "--mixed-precision", "auto", "--save-every", "2"]
+    monkeypatch.setattr(base_module, "choose_dtype", lambda name, device: None)
+    assert train.main(flags) == 0
+    before = weights(run)
+    if damage == "another base":
+        shutil.rmtree(base)
+        write_base(base, seed=5)
+    elif damage == "other tiles":
+        (tiles / "TUM" / "TUM_0.png").unlink()
+    elif damage == "other precision":
+        monkeypatch.setattr(base_module, "choose_dtype", lambda name, device: torch.bfloat16)
+    elif damage == "no state":
+        torch.save({"weight": torch.zeros(2)}, run / "state.pt")
+    elif damage == "no metrics":
+        (run / "metrics.jsonl").unlink()
+    else:
+        (run / "metrics.jsonl").write_text("[1]\n")
+    capsys.readouterr()
+    assert train.main(["--resume", "--out", str(run)]) == 2
+    assert RESUME_DAMAGE[damage] in capsys.readouterr().err
+    assert_same_weights(weights(run), before)
+
+
+def test_a_validation_lost_to_an_interrupt_is_made_up(arguments, tmp_path, monkeypatch, capsys):
+    losses = iter([1.0])  # before the run; the next call, after its last step, is interrupted
+
+    def stop_at_the_last(*args, **kwargs):
+        try:
+            return next(losses)
+        except StopIteration:
+            raise KeyboardInterrupt from None
+
+    monkeypatch.setattr(train, "validation_loss", stop_at_the_last)
+    assert train.main([*arguments, "--save-every", "3"]) == 130
+    assert "--resume" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert train.main(["--resume", "--out", str(tmp_path / "run")]) == 0
+    steps = [line["step"] for line in metrics(tmp_path / "run") if "validation_loss" in line]
+    assert steps == [0, 4]
+
+
+def test_an_interrupt_before_any_save_does_not_offer_to_resume(arguments, monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "load_pixcell_base", stop)
+    assert train.main(arguments) == 130
+    assert "before any save" in capsys.readouterr().err
+
+
+def test_a_run_that_overflows_in_every_step_stops(arguments, monkeypatch, capsys):
+    monkeypatch.setattr(train, "optimizer_step", lambda *_: training.StepReport(1.0, math.inf, True))
+    assert train.main([*arguments, "--max-train-steps", "50"]) == 2
+    assert "float16 overflowed in 20 steps in a row" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(arguments, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert train.main([*arguments, "--out", str(tmp_path / "file" / "run")]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("train.py: error: ")
+    assert train.main([*arguments, "--out", "x" * 300]) == 2
+
+
 def test_dry_run_prints_settings_and_writes_nothing(arguments, tmp_path, capsys):
     assert train.main([*arguments, "--dry-run"]) == 0
     assert "lora_rank: 2" in capsys.readouterr().out
@@ -139,7 +242,7 @@ def test_without_data_it_trains_on_procedural_tiles(arguments, tmp_path, monkeyp
     at = arguments.index("--data")
     assert train.main([*arguments[:at], *arguments[at + 2:], "--max-train-steps", "1",
                        "--no-dihedral"]) == 0
-    assert len(list((tmp_path / "cache" / "procedural-second-9").rglob("*.png"))) == 9
+    assert len(list((tmp_path / "cache" / f"procedural-second-9-{train.PROCEDURAL_SEED}").rglob("*.png"))) == 9
 
 
 BAD_INPUT = {
@@ -176,7 +279,8 @@ def test_an_unreadable_tile_is_named_and_skipped_or_stops_the_run(arguments, til
 def test_held_out_tiles_are_never_trained_on(arguments, tiny_base):
     config = train.parse_train(arguments)[0]
     pipeline = load_pixcell_base(tiny_base, "cpu", "no")
-    features, tiles_in, held_out = train.load_features(config, pipeline)
+    features, tiles_in, held_out = train.load_features(
+        config, pipeline, find_tiles(config.data))
     assert len(tiles_in) == 6 and len(held_out) == 2 and not set(tiles_in) & set(held_out)
     seen = torch.cat([batch.embeddings for step in range(4) for batch in train.draw_micro_batches(
         config, features, features.rows(tiles_in), pipeline.schedule, step, "cpu")])
@@ -258,7 +362,7 @@ def test_accumulated_gradients_equal_the_full_batch_ragged_batches_included(tiny
             epsilon = transformer(batch.latents, batch.timesteps, adapter(batch.embeddings))[:, :16]
             return (epsilon - batch.noise).square().mean((1, 2, 3))
 
-        report = optimizer_step(loss_of, cut(random_batch(7, 5, torch.float64), sizes), optimizer,
+        report = optimizer_step(loss_of, cut(random_batch(7, 5, torch.float64), sizes), 7, optimizer,
                                 build_scaler("cpu", None), 1e9)
         gradients.append([p.grad for group in optimizer.param_groups for p in group["params"]] + [
             torch.tensor(report.loss)])
@@ -274,7 +378,7 @@ def test_base_stays_bit_equal_and_only_lora_and_adapter_move(tiny_base):
     frozen = {n: p.clone() for n, p in transformer.state_dict().items() if "lora_" not in n}
     moving = [p.clone() for p in [*lora_parameters(transformer), *adapter.parameters()]]
     optimizer_step(lambda batch: diffusion_loss(transformer, adapter, schedule, batch),
-                   [random_batch(4, 1)], optimizer, build_scaler("cpu", None), 1.0)
+                   [random_batch(4, 1)], 4, optimizer, build_scaler("cpu", None), 1.0)
     assert all(torch.equal(value, transformer.state_dict()[n]) for n, value in frozen.items())
     assert all(not torch.equal(a, b) for a, b in
                zip(moving, [*lora_parameters(transformer), *adapter.parameters()]))
@@ -308,13 +412,13 @@ def test_fp16_step_unscales_before_clipping_and_skips_infinities(tiny_base):
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     loss_of = lambda batch: diffusion_loss(  # noqa: E731
         transformer, adapter, schedule, batch, torch.float16)
-    report = optimizer_step(loss_of, [random_batch(2, 3)], optimizer, scaler, 0.5)
+    report = optimizer_step(loss_of, [random_batch(2, 3)], 2, optimizer, scaler, 0.5)
     norm = torch.stack([p.grad.norm() for g in optimizer.param_groups
                         for p in g["params"]]).norm().item()
     assert not report.skipped and norm == pytest.approx(min(0.5, report.grad_norm), rel=1e-3)
 
     before = [p.clone() for g in optimizer.param_groups for p in g["params"]]
-    report = optimizer_step(lambda batch: loss_of(batch) * torch.inf, [random_batch(2, 4)],
+    report = optimizer_step(lambda batch: loss_of(batch) * torch.inf, [random_batch(2, 4)], 2,
                             optimizer, scaler, 0.5)
     assert report.skipped and scaler.get_scale() == 2.0**9
     assert all(torch.equal(a, b) for a, b in
@@ -327,7 +431,30 @@ def test_a_gradient_that_is_not_finite_stops_a_run_without_scaler(tiny_base):
     with pytest.raises(ValueError, match="not finite"):
         optimizer_step(
             lambda batch: diffusion_loss(transformer, adapter, schedule, batch) * torch.inf,
-            [random_batch(2, 4)], optimizer, build_scaler("cpu", None), 1.0)
+            [random_batch(2, 4)], 2, optimizer, build_scaler("cpu", None), 1.0)
+
+
+def test_the_adapter_trains_in_float32_whatever_autocast_says(tiny_base):
+    transformer, adapter, schedule = small_problem(tiny_base)
+    seen = {}
+    adapter.fc1.register_forward_hook(lambda module, inputs, out: seen.update(adapter=out.dtype))
+    transformer.proj_out.register_forward_hook(
+        lambda module, inputs, out: seen.update(transformer=out.dtype))
+    losses = diffusion_loss(transformer, adapter, schedule, random_batch(2, 3), torch.bfloat16)
+    assert seen == {"adapter": torch.float32, "transformer": torch.bfloat16}
+    assert losses.dtype == torch.float32
+
+
+def test_dropout_does_not_repeat_the_noise_of_its_batch(arguments, tiny_base):
+    config = train.parse_train(arguments)[0]
+    features = type("F", (), {"draw_variants": lambda self, rows, g: rows, "embeddings": torch.zeros(
+        8, 1, 16), "sample_latents": lambda self, rows, g: torch.zeros(len(rows), 16, 8, 8)})()
+    global_draws = []
+    for batch in train.draw_micro_batches(config, features, torch.arange(8), NoiseSchedule.linear(),
+                                          0, "cpu"):
+        global_draws.append(torch.randn(batch.noise.shape))
+        assert not torch.equal(global_draws[-1], batch.noise)
+    assert len(global_draws) == 2 and not torch.equal(*global_draws)  # reseeded per micro-step
 
 
 def test_lora_and_adapter_have_rates_of_their_own(tiny_base):
@@ -349,7 +476,7 @@ def test_validation_is_the_same_each_time_and_restores_the_mode(arguments, tiny_
     config = train.parse_train(arguments)[0]
     pipeline = load_pixcell_base(tiny_base, "cpu", "no")
     adapter = train.make_trainable(config, pipeline)
-    features, _, held_out = train.load_features(config, pipeline)
+    features, _, held_out = train.load_features(config, pipeline, find_tiles(config.data))
     pipeline.transformer.train()
 
     def measure(batch_size):
