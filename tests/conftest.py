@@ -18,7 +18,7 @@ from pixcell_min.transformer import PixCellTransformer, TransformerConfig  # noq
 from pixcell_min.uni import TileEncoder  # noqa: E402
 from pixcell_min.vae import AutoencoderKL, VAEConfig  # noqa: E402
 
-SHARED = ROOT.parent / "shared"  # real tiles and golden cases; the suite passes without them
+SHARED = ROOT.parent / "shared"  # real tiles; the suite passes without them
 TINY_TRANSFORMER = {
     "_class_name": "PixCellTransformer2DModel", "activation_fn": "gelu-approximate",
     "attention_bias": True, "attention_head_dim": 8, "attention_type": "default",

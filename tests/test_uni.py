@@ -1,8 +1,8 @@
 """The tile encoder: timm's network, UNI2-h's preprocessing, one tile or many, safe loading."""
 
-import shutil
 import json
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
