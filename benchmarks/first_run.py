@@ -45,18 +45,20 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, help="as in train.py; default: its procedural tiles")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--work", type=Path, help="folder for run and cache, kept; default: none")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as work:
+    with tempfile.TemporaryDirectory() as temporary:
+        work = (args.work or Path(temporary)).resolve()
         command = [sys.executable, ROOT / "train.py", "--rank", "8", "--alpha", "16",
-                   "--out", f"{work}/run", "--cache", f"{work}/cache",
+                   "--out", work / "run", "--cache", work / "cache",
                    *(["--data", args.data.resolve()] if args.data else [])]
         began = time.monotonic()
         printed = subprocess.run(
             command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
         train_seconds = time.monotonic() - began
-        lines = [json.loads(line) for line in open(f"{work}/run/metrics.jsonl")]
+        lines = [json.loads(line) for line in open(work / "run" / "metrics.jsonl")]
         clock = [line["seconds"] for line in lines if "loss" in line]
-        tiles = find_tiles(args.data or next(Path(work, "cache").glob("procedural*")))
+        tiles = find_tiles(args.data or next((work / "cache").glob("procedural*")))
         pipeline, image_seconds = load_pixcell_base(), []
         images = [fit_tile(read_tile(tile.path), 256, "resize") for tile in tiles]
         embedding = pipeline.encoder(images[0])
@@ -73,7 +75,7 @@ def main():
             "validation_loss": {line["step"]: line["validation_loss"]
                                 for line in lines if "validation_loss" in line},
             "vae_round_trip_psnr_db": round(round_trip_psnr(pipeline.vae, images), 2),
-            "file_bytes": {name: os.path.getsize(f"{work}/run/{name}") for name in
+            "file_bytes": {name: os.path.getsize(work / "run" / name) for name in
                            ("lora_weights.safetensors", "adapter.safetensors")},
         }
     write_text(args.out, json.dumps(result, indent=2) + "\n")
