@@ -378,6 +378,7 @@ def train_transformer(args, work, tiles, latents):
 
 
 def write_vae(folder, vae, factors):
+    """Write `vae/`: float16 weights and a diffusers config with the latent factors."""
     config = {"_class_name": "AutoencoderKL", "act_fn": "silu",
               "down_block_types": ["DownEncoderBlock2D"] * 4,
               "up_block_types": ["UpDecoderBlock2D"] * 4, "sample_size": TILE,
@@ -389,6 +390,7 @@ def write_vae(folder, vae, factors):
 
 
 def write_transformer(folder, tensors):
+    """Write `transformer/` in float16, and `scheduler/` beside it, in the released layout."""
     config = {"_class_name": "PixCellTransformer2DModel", "activation_fn": "gelu-approximate",
               "attention_bias": True, "attention_type": "default", "dropout": 0.0,
               "norm_elementwise_affine": False, "norm_type": "ada_norm_single",
@@ -405,6 +407,7 @@ def write_transformer(folder, tensors):
 
 
 def write_encoder(folder, tensors):
+    """Write `uni/` in float16, its sizes as `model_args`."""
     size = NANO_ENCODER["img_size"]
     config = {"architecture": "vit_giant_patch14_224", "num_classes": 0,
               "num_features": NANO_ENCODER["embed_dim"], "model_args": NANO_ENCODER,
