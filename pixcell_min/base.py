@@ -9,13 +9,14 @@ import os
 from functools import lru_cache, partial
 from pathlib import Path
 
-from pixcell_min import vae as vae_module
 from pixcell_min.checkpoint import file_hash, read_json
 from pixcell_min.pipeline import PixCellPipeline
 from pixcell_min.precision import choose_device, choose_dtype
 from pixcell_min.schedulers import NoiseSchedule
-from pixcell_min.transformer import WEIGHTS_NAME, PixCellTransformer
+from pixcell_min.transformer import WEIGHTS_NAME as TRANSFORMER_WEIGHTS
+from pixcell_min.transformer import PixCellTransformer
 from pixcell_min.uni import WEIGHT_NAMES, TileEncoder
+from pixcell_min.vae import WEIGHTS_NAME as VAE_WEIGHTS
 from pixcell_min.vae import AutoencoderKL
 
 NANO = "weights/pixcell-nano"
@@ -45,8 +46,8 @@ def encoder_folder(base: Path) -> Path:
 def vae_weights(base: Path) -> Path:
     """File of the VAE weights of `base`. Raises: ValueError naming where it was looked for."""
     beside = base.parent / "sd3-vae"
-    return _first(base, (base / "vae", beside, beside / "vae"), vae_module.WEIGHTS_NAME,
-                  "VAE weights") / WEIGHTS_NAME
+    folders = (base / "vae", beside, beside / "vae")
+    return _first(base, folders, VAE_WEIGHTS, "VAE weights") / VAE_WEIGHTS
 
 
 def _first(base, folders, name, what):
@@ -71,7 +72,7 @@ def load_pixcell_base(path=None, device="auto", mixed_precision="auto") -> PixCe
     vae = AutoencoderKL.from_pretrained(
         base / "vae", vae_weights(base)).requires_grad_(False).to(device)
     return PixCellPipeline(transformer, vae, partial(load_encoder, base, device), schedule,
-                           base_hash=file_hash(base / "transformer" / WEIGHTS_NAME), device=device,
+                           base_hash=file_hash(base / "transformer" / TRANSFORMER_WEIGHTS), device=device,
                            dtype=choose_dtype(mixed_precision, device))
 
 
