@@ -37,7 +37,8 @@ MAX_VALIDATION_TILES = 64  # spread over the held-out tiles; more would take lon
 MAX_SKIPPED_STEPS = 20  # in a row; float16 overflows now and then, not always
 GRID_STEPS = 20  # of DPM-Solver++ 2M, for the sample grid
 STATE, LORA, ADAPTER = "state.pt", "lora_weights.safetensors", "adapter.safetensors"
-SETTINGS, METRICS, GRID = "config.yaml", "metrics.jsonl", "samples/grid.png"
+SETTINGS, TILES = "config.yaml", "tiles.json"
+METRICS, GRID = "metrics.jsonl", "samples/grid.png"
 # Settings that a resumed run may change: they touch neither a drawn number nor a weight.
 FREE_ON_RESUME = {"out", "cache", "save_every", "validate_every", "sample_count", "guidance_scale"}
 
@@ -87,7 +88,7 @@ def train(config: Config, options) -> None:
     if options.resume:
         start = load_state(run, identity, transformer, adapter, optimizer, scaler)
     else:
-        make_run_folder(run, config)
+        make_run_folder(run, config, training, validation)
 
     def validate(step):
         loss = validation_loss(transformer, adapter, schedule, features,
@@ -106,7 +107,8 @@ def train(config: Config, options) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = factor * group["initial_lr"]
             report = optimizer_step(
-                lambda batch: diffusion_loss(transformer, adapter, schedule, batch, dtype),
+                lambda batch: diffusion_loss(transformer, adapter, schedule, batch, dtype,
+                                             config.min_snr_gamma),
                 draw_micro_batches(config, features, training_rows, schedule, step, pipeline.device),
                 config.batch_size * config.gradient_accumulation_steps, optimizer, scaler,
                 config.max_grad_norm)
@@ -156,11 +158,19 @@ def check_run_folder(run: Path, config: Config, options) -> None:
                              "--overwrite replaces runs only")
 
 
-def make_run_folder(run: Path, config: Config) -> None:
-    """Write settings; --overwrite deletes a run's own files, now that base and tiles are good."""
+def make_run_folder(run: Path, config: Config, training, validation) -> None:
+    """Settings and tiles; --overwrite deletes a run's own files, now that base and tiles are good.
+
+    tiles.json names what was trained on and what held out, by path and SHA-256, so that whoever
+    measures the run can keep apart what it has seen.
+    """
     for name in (STATE, LORA, ADAPTER, METRICS, GRID):
         (run / name).unlink(missing_ok=True)
     checkpoint.write_text(run / SETTINGS, to_yaml(config))
+    checkpoint.write_text(run / TILES, json.dumps(
+        {name: [{"path": str(tile.path.resolve()), "hash": checkpoint.file_hash(tile.path)}
+                for tile in tiles]
+         for name, tiles in (("training", training), ("validation", validation))}, indent=1))
 
 
 def make_trainable(config: Config, pipeline) -> EmbeddingAdapter:

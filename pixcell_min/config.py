@@ -161,6 +161,8 @@ class Config:
         "autocast; auto: fp16 on CUDA, bf16 on a CPU fast at it, else no")
     condition_dropout: float = _setting(
         0.1, fraction, "probability", "condition replaced by the null embedding")
+    min_snr_gamma: float = _setting(
+        0.0, nonnegative_float, "factor", "weight errors by min(SNR, gamma)/SNR; 0: all alike")
     seed: int = _setting(0, SEED, "number", "start of every random draw")
     save_every: int = _setting(100, nonnegative_int, "steps", "between saves; 0: at the end only")
     validate_every: int = _setting(

@@ -55,8 +55,19 @@ def condition_tokens(adapter, embeddings, dropped, uncond_embedding):
     return torch.where(dropped[:, None, None], uncond_embedding, adapter(embeddings))
 
 
-def diffusion_loss(transformer, adapter, schedule, batch: Batch, dtype=None):
-    """Squared error of the predicted target per sample, (B,) float32.
+def min_snr_weights(schedule, timesteps, gamma: float):
+    """Weight of each sample's error, (B,) float32, so that x0's error counts min(SNR, gamma) times.
+
+    Hang et al. 2023, section 3.4: nearly clean inputs count less; noisy ones, which decide colour
+    and layout, relatively more. An error of epsilon is SNR times that of x0, one of v SNR + 1 times.
+    """
+    snr = schedule.snr(timesteps)
+    times = {"epsilon": snr, "v_prediction": snr + 1, "sample": 1}[schedule.prediction_type]
+    return snr.clamp(max=gamma) / times
+
+
+def diffusion_loss(transformer, adapter, schedule, batch: Batch, dtype=None, min_snr_gamma=None):
+    """Squared error of the predicted target per sample, (B,) float32; weighted, if given a gamma.
 
     Only the forward runs in autocast `dtype`. The network's further output channels (learned
     variance) take no part, as in the authors' LoRA training.
@@ -70,7 +81,10 @@ def diffusion_loss(transformer, adapter, schedule, batch: Batch, dtype=None):
     with autocast(device, dtype):
         output = transformer(latents=noisy, timesteps=batch.timesteps, encoder_hidden_states=tokens)
     predicted = output[:, :noisy.shape[1]].float()
-    return F.mse_loss(predicted, target, reduction="none").mean(dim=(1, 2, 3))
+    error = F.mse_loss(predicted, target, reduction="none").mean(dim=(1, 2, 3))
+    if min_snr_gamma:
+        error = error * min_snr_weights(schedule, batch.timesteps, min_snr_gamma)
+    return error
 
 
 def build_optimizer(lora_parameters, adapter_parameters, learning_rate, adapter_learning_rate,

@@ -1,6 +1,7 @@
 """tools/pretrain: its augmentations, exact resuming, and a miniature base from start to end."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -78,6 +79,45 @@ def test_a_resumed_stage_equals_an_uninterrupted_one(tmp_path):
     for kind in ("parameters", "ema"):
         for name in whole[kind]:
             assert torch.equal(whole[kind][name], resumed[kind][name]), (kind, name)
+
+
+def test_patch_basis_rebuilds_as_well_as_principal_components_can():
+    tiles = torch.stack([pretrain.to_uint8(render_tile(i, k)) for i, k in enumerate(
+        ("TUM", "NORM", "STR", "LYM", "MUS", "ADI", "MUC", "DEB"))])
+    center, matrix = pretrain.patch_basis(tiles, generator())
+    patches = pretrain.to_patches(tiles.float() / 127.5 - 1).reshape(-1, 192)
+    latents = (patches - center) @ matrix
+    rebuilt = latents @ torch.linalg.pinv(matrix) + center
+    assert latents.shape[1] == 16
+    assert 10 * math.log10(4 / (rebuilt - patches).square().mean()) > 28  # of ±1, in dB
+    # Whiter than the components, not white: colour's channel still leads.
+    spread = latents.std(0)
+    assert 2 < spread.max() / spread.min() < 10
+
+
+def test_patches_are_8_by_8_blocks_in_reading_order():
+    pixels = torch.arange(3 * 16 * 24.0).view(1, 3, 16, 24)
+    patches = pretrain.to_patches(pixels)
+    assert patches.shape == (1, 2, 3, 192)
+    assert torch.equal(patches[0, 1, 2].view(3, 8, 8), pixels[0, :, 8:, 16:])
+
+
+def test_contrastive_loss_is_low_only_for_the_right_pairs():
+    rows = torch.randn(16, 32, generator=generator())
+    near = rows + 0.1 * torch.randn(16, 32, generator=generator(1))
+    assert pretrain.contrastive_loss(rows, near) < 0.05
+    assert pretrain.contrastive_loss(rows, near.roll(1, 0)) > 5
+    # Nothing told apart: the entropy of a guess among 16.
+    torch.testing.assert_close(
+        pretrain.contrastive_loss(torch.ones(16, 8), torch.ones(16, 8)), torch.tensor(16.0).log())
+
+
+def test_latent_moments():
+    latents = torch.randn(2, 3, 4, 4, generator=generator())
+    moments = pretrain.latent_moments(latents)
+    assert moments.shape == (2, 6)
+    torch.testing.assert_close(moments[1, 2], latents[1, 2].mean())
+    torch.testing.assert_close(moments[0, 4], latents[0, 1].std())
 
 
 def test_a_miniature_base_is_made_and_loads_like_any_other(tmp_path, monkeypatch, capsys):

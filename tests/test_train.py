@@ -1,12 +1,14 @@
 """train.py end to end on a tiny random base: what it writes and refuses, resuming, one step."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import pickle
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,10 +26,10 @@ from pixcell_min.images import read_settings
 from pixcell_min.lora import inject_lora, load_lora, lora_layers, lora_parameters
 from pixcell_min.schedulers import NoiseSchedule
 from pixcell_min.training import (Batch, build_optimizer, build_scaler, diffusion_loss,
-                                  optimizer_step)
+                                  min_snr_weights, optimizer_step)
 
 RUN_FILES = {"config.yaml", "lora_weights.safetensors", "adapter.safetensors", "metrics.jsonl",
-             "state.pt"}
+             "state.pt", "tiles.json"}
 
 
 @pytest.fixture
@@ -396,6 +398,44 @@ def test_loss_is_the_mean_squared_error_of_epsilon_and_ignores_the_variance_chan
     torch.testing.assert_close(losses, (epsilon - batch.noise).square().mean((1, 2, 3)), rtol=1e-5,
                                atol=1e-6)
     assert batch.dropped.any() and not batch.dropped.all()
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_min_snr_weights_count_the_error_of_x0_min_snr_gamma_times(prediction_type):
+    schedule = dataclasses.replace(NoiseSchedule.linear(), prediction_type=prediction_type)
+    timesteps = torch.tensor([1, 100, 500, 990])
+    x0, noise, wrong = torch.randn(3, 4, 2, 5, 5, dtype=torch.float64).unbind()
+    noisy = schedule.add_noise(x0, noise, timesteps)
+    alpha_bar = schedule.alphas_cumprod[timesteps].double().view(-1, 1, 1, 1)
+    epsilon = (noisy - alpha_bar.sqrt() * wrong) / (1 - alpha_bar).sqrt()
+    guess = {"sample": wrong, "epsilon": epsilon,
+             "v_prediction": alpha_bar.sqrt() * epsilon - (1 - alpha_bar).sqrt() * wrong}
+    error = (guess[prediction_type] - schedule.target(x0, noise, timesteps)).square()
+    snr = (alpha_bar / (1 - alpha_bar)).flatten()
+    torch.testing.assert_close(  # 1e-4: the tables are float32
+        min_snr_weights(schedule, timesteps, 5.0) * error.mean((1, 2, 3)),
+        snr.clamp(max=5) * (wrong - x0).square().mean((1, 2, 3)), rtol=1e-4, atol=0)
+
+
+def test_min_snr_gamma_weights_the_loss_and_none_leaves_it(tiny_base):
+    transformer, adapter, schedule = small_problem(tiny_base)
+    batch = dataclasses.replace(random_batch(3, 2), timesteps=torch.tensor([5, 300, 900]))
+    plain = diffusion_loss(transformer, adapter, schedule, batch)
+    weights = min_snr_weights(schedule, batch.timesteps, 5.0)
+    assert (weights < 1).any()
+    assert torch.equal(
+        diffusion_loss(transformer, adapter, schedule, batch, None, 5.0), plain * weights)
+    assert torch.equal(diffusion_loss(transformer, adapter, schedule, batch, None, 0.0), plain)
+
+
+def test_a_run_names_the_tiles_it_trained_on_and_held_out(arguments, tmp_path, tiles):
+    assert train.main([*arguments, "--max-train-steps", "1"]) == 0
+    named = json.loads((tmp_path / "run" / "tiles.json").read_text())
+    paths = [Path(tile["path"]) for tile in named["training"] + named["validation"]]
+    assert sorted(paths) == sorted(tile.path.resolve() for tile in find_tiles(tiles))
+    assert len(named["validation"]) >= 1
+    for tile in named["training"] + named["validation"]:
+        assert tile["hash"] == hashlib.sha256(Path(tile["path"]).read_bytes()).hexdigest()
 
 
 def test_dropped_condition_gives_the_adapter_no_gradient(tiny_base):

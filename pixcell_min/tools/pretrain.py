@@ -28,15 +28,19 @@ from pixcell_min.data import (find_tiles, fit_tile, image_to_tensor, read_tile,
                               tensor_to_image)
 from pixcell_min.schedulers import NoiseSchedule
 from pixcell_min.tools.synthetic import FIRST, render_tile
+from pixcell_min.training import min_snr_weights
 from pixcell_min.transformer import PatchEmbed, PixCellTransformer, TransformerConfig, sincos_grid
 from pixcell_min.uni import IMAGENET_MEAN, IMAGENET_STD, TileEncoder
-from pixcell_min.vae import AutoencoderKL, VAEConfig, sample_posterior
+from pixcell_min.vae import AutoencoderKL, VAEConfig
 
 TILE = 256  # px
-VAE_CROP = 64  # px; the VAE is convolutional but for one attention, small crops give more steps
-VAE_BATCH, BATCH_128, BATCH_256 = 16, 64, 16
-KL_WEIGHT = 3e-4  # per latent number, against absolute plus squared error per pixel value
+VAE_CROP = 128  # px; smaller crops would give more steps, but border and norm unlike a tile's
+VAE_BATCH, BATCH_128, BATCH_256 = 4, 64, 16
+BASIS_TILES = 400
+COMPONENT_WEIGHT = 1.0  # against absolute plus squared error per pixel value
+POSTERIOR_LOGVAR = -7.0  # the posterior's standard deviation: 0.03 of the latents'
 MIN_SNR_GAMMA = 5.0  # Hang et al. 2023: caps the weight of nearly clean inputs
+ENCODER_WEIGHT, TEMPERATURE = 0.05, 0.1  # of each of the encoder's own two losses; of its cosines
 EMA_DECAY, CONDITION_DROPOUT = 0.998, 0.1
 MUON_FACTOR = 2.0  # its rate over AdamW's
 WARMUP, DECAY_SHARE = 50, 0.3  # rate: linear rise in steps, constant, linear fall over the share
@@ -226,9 +230,30 @@ def run_stage(trainer, total, loss_at, description, seed):
     trainer.save()
 
 
+def patch_basis(tiles, generator):
+    """Principal components of 8×8-px patches: their mean (192,) and a matrix (192, C) to latents.
+
+    A component of variance v is divided by v^¼: halfway to white, so that colour still leads and
+    detail follows when a denoiser goes from noise to image. Overall the latents have variance 1.
+    """
+    tiles = tiles[torch.randperm(len(tiles), generator=generator)[:BASIS_TILES]].float() / 255
+    half = len(tiles) // 2
+    patches = to_patches(torch.cat([tiles[:half], stain_jitter(tiles[half:], generator)]) * 2 - 1)
+    patches = patches.reshape(-1, patches.shape[-1])
+    variances, vectors = torch.linalg.eigh(torch.cov(patches.T))
+    top = slice(-NANO_VAE.latent_channels, None)
+    spread = variances[top].sqrt().mean().sqrt()
+    return patches.mean(0), vectors[:, top] * variances[top] ** -0.25 / spread
+
+
+def to_patches(pixels):
+    """Pixels (B, 3, H, W) → (B, H/8, W/8, 192)."""
+    return rearrange(pixels, "b c (h i) (w j) -> b h w (c i j)", i=8, j=8)
+
+
 @torch.no_grad()
 def initialise_vae(vae):
-    """Variance kept, biases 0, residual branches silent, posterior narrow: starts nearly linear."""
+    """Variance kept, biases 0, residual branches silent: starts nearly linear."""
     for module in vae.modules():
         if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
             torch.nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
@@ -236,39 +261,48 @@ def initialise_vae(vae):
     for module in vae.modules():
         if hasattr(module, "conv2"):
             torch.nn.init.zeros_(module.conv2.weight)
-    channels = vae.config.latent_channels
-    vae.encoder.conv_out.weight[channels:] *= 0.1
-    vae.encoder.conv_out.bias[channels:] = -6.0  # log variance
 
 
 def train_vae(args, work, tiles):
-    """VAE stage: absolute + squared error, light KL, 64-px crops of any stain; then the factors."""
+    """VAE stage: rebuild crops of any stain through latents held to the patches' components.
+
+    Left to itself so small a VAE ends below its own linear bound (28.6 against 30.7 dB after 1,900
+    steps), and its latents are rough; held to the components it starts from the bound. The
+    posterior's width is a constant.
+    """
     torch.manual_seed(args.seed)
     vae = AutoencoderKL(
         VAEConfig(**{**NANO_VAE.__dict__, "scaling_factor": 1.0, "shift_factor": 0.0}))
     initialise_vae(vae)
+    if args.start_from:
+        checkpoint.load_strict(vae, AutoencoderKL.from_pretrained(
+            args.start_from / "vae").state_dict(), args.start_from)
     trainer = Trainer({"vae": vae}, args.vae_learning_rate, work / "vae.pt")
+    center, matrix = patch_basis(tiles, generator_for(args.seed, 0))
 
     def loss_at(generator):
         pixels = random_crops(tiles, VAE_BATCH, VAE_CROP, generator).float() / 255
         half = VAE_BATCH // 2
         pixels = torch.cat([pixels[:half], stain_jitter(pixels[half:], generator)]) * 2 - 1
+        components = rearrange((to_patches(pixels) - center) @ matrix, "b h w c -> b c h w")
         pixels = pixels.contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-            mean, logvar = vae.encode(pixels)
-            mean, logvar = mean.float(), logvar.float()
-            rebuilt = vae.decode(sample_posterior(mean, logvar, generator)).float()
-        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
-        return F.l1_loss(rebuilt, pixels) + F.mse_loss(rebuilt, pixels) + KL_WEIGHT * kl
+            mean = vae.encode(pixels)[0].float()
+            noise = torch.randn(mean.shape, generator=generator)
+            rebuilt = vae.decode(mean + math.exp(POSTERIOR_LOGVAR / 2) * noise).float()
+        return (F.l1_loss(rebuilt, pixels) + F.mse_loss(rebuilt, pixels)
+                + COMPONENT_WEIGHT * F.mse_loss(mean, components))
 
     run_stage(trainer, args.vae_steps, loss_at, "vae", args.seed)
     checkpoint.load_strict(vae, trainer.averaged("vae"), "moving average")
     vae.eval()
+    channels = vae.config.latent_channels
     with torch.no_grad():
-        pixels = random_crops(tiles, 64, TILE, generator_for(args.seed, 0)).float() / 127.5 - 1
-        means = torch.cat([vae.encode(part)[0] for part in pixels.split(8)])
-    config = {"scaling_factor": round(1 / means.std().item(), 4),
-              "shift_factor": round(means.mean().item(), 4)}
+        vae.encoder.conv_out.weight[channels:] = 0.0
+        vae.encoder.conv_out.bias[channels:] = POSTERIOR_LOGVAR
+    latents = (to_patches(tiles[::40].float() / 127.5 - 1) - center) @ matrix
+    config = {"scaling_factor": round(1 / latents.std().item(), 4),
+              "shift_factor": round(latents.mean().item(), 4)}
     write_vae(args.out / "vae", vae, config)
     return AutoencoderKL.from_pretrained(args.out / "vae")
 
@@ -322,6 +356,18 @@ class WindowPatchEmbed(PatchEmbed):
                 + code[top:top + height, left:left + width].flatten(0, 1))
 
 
+def latent_moments(latents):
+    """Mean and standard deviation of each channel: (B, C, H, W) → (B, 2·C)."""
+    return torch.cat([latents.mean((2, 3)), latents.std((2, 3))], dim=1)
+
+
+def contrastive_loss(first, second):
+    """InfoNCE (van den Oord et al. 2018), both ways: row i of one view knows row i of the other."""
+    cosines = F.normalize(first, dim=1) @ F.normalize(second, dim=1).T / TEMPERATURE
+    labels = torch.arange(len(first))
+    return (F.cross_entropy(cosines, labels) + F.cross_entropy(cosines.T, labels)) / 2
+
+
 def train_transformer(args, work, tiles, latents):
     """Joint stage: the encoder learns what the denoiser needs; half tiles (128 px), then whole."""
     torch.manual_seed(args.seed)
@@ -336,9 +382,20 @@ def train_transformer(args, work, tiles, latents):
     window.proj = transformer.pos_embed.proj
     transformer.pos_embed = window
     schedule, C = NoiseSchedule.linear(), NANO_TRANSFORMER.in_channels
-    trainer = Trainer({"transformer": transformer, "encoder": encoder}, args.learning_rate,
-                      work / "joint.pt")
+    head = torch.nn.Linear(NANO_ENCODER["embed_dim"], 2 * C)  # for training alone
+    trainer = Trainer({"transformer": transformer, "encoder": encoder, "head": head},
+                      args.learning_rate, work / "joint.pt")
     total = args.half_steps + args.steps
+    moments = latent_moments(latents[::max(1, len(latents) // 1000)].float())
+    center, spread = moments.mean(0), moments.std(0)
+    mean, std = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
+
+    def view(crops, generator):
+        """Crops as the encoder sees them: another stain, another symmetry each. → tokens (B, E)"""
+        crops = stain_jitter(crops, generator)
+        elements = torch.randint(8, (len(crops),), generator=generator)
+        crops = torch.stack([dihedral(crop, int(e)) for crop, e in zip(crops, elements)])
+        return encoder.vit((crops - mean) / std)
 
     def loss_at(generator):
         half = trainer.step < args.half_steps
@@ -352,9 +409,6 @@ def train_transformer(args, work, tiles, latents):
         seen = torch.stack([tiles[i][:, pixels[0], pixels[1]] for i in rows]).float() / 255
         seen = F.interpolate(seen, NANO_ENCODER["img_size"] * side // 32, mode="bilinear",
                              antialias=True)
-        seen = stain_jitter(seen, generator)
-        elements = torch.randint(8, (batch,), generator=generator)
-        seen = torch.stack([dihedral(image, int(e)) for image, e in zip(seen, elements)])
         noise = torch.randn(x0.shape, generator=generator)
         # Stratified timesteps, one from each of `batch` ranges: batches differ less in difficulty.
         t = ((torch.arange(batch) + torch.rand(batch, generator=generator)) / batch * 1000
@@ -362,12 +416,16 @@ def train_transformer(args, work, tiles, latents):
         noisy = schedule.add_noise(x0, noise, t)
         drop = torch.rand(batch, 1, 1, generator=generator) < CONDITION_DROPOUT
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-            mean, std = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
-            tokens = encoder.vit((seen - mean) / std)[:, None].float()
-            tokens = torch.where(drop, transformer.uncond_embedding, tokens)
+            first, second = view(seen, generator), view(seen, generator)
+            tokens = torch.where(drop, transformer.uncond_embedding, first[:, None].float())
             predicted = transformer(noisy, t, tokens)[:, :C].float()
-        weights = (MIN_SNR_GAMMA / schedule.snr(t)).clamp(max=1)
-        return (weights * (predicted - noise).pow(2).mean(dim=(1, 2, 3))).mean()
+            guessed = head(first).float()
+        weights = min_snr_weights(schedule, t, MIN_SNR_GAMMA)
+        # What the denoiser asks of one token comes through slowly: the encoder is also to tell a
+        # tile from the others of the batch, and to know its latents' mean and spread.
+        return ((weights * (predicted - noise).pow(2).mean(dim=(1, 2, 3))).mean()
+                + ENCODER_WEIGHT * contrastive_loss(first.float(), second.float())
+                + ENCODER_WEIGHT * F.mse_loss(guessed, (latent_moments(x0) - center) / spread))
 
     run_stage(trainer, total, loss_at, "joint", args.seed + 1)
     averaged = trainer.averaged("transformer")
