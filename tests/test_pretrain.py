@@ -128,10 +128,10 @@ def test_a_miniature_base_is_made_and_loads_like_any_other(tmp_path, monkeypatch
     monkeypatch.setattr(pretrain, "NANO_TRANSFORMER", dataclasses.replace(
         pretrain.NANO_TRANSFORMER, num_layers=1, num_attention_heads=2, attention_head_dim=8,
         caption_channels=16))
-    for name in ("VAE_BATCH", "BATCH_128", "BATCH_256"):
+    for name in ("VAE_BATCH_128", "VAE_BATCH_256", "BATCH_128", "BATCH_256"):
         monkeypatch.setattr(pretrain, name, 2)
     flags = ["--out", str(tmp_path / "base"), "--work", str(tmp_path / "work"),
-             "--procedural", "3", "--vae-steps", "2", "--half-steps", "2", "--steps", "2",
+             "--procedural", "3", "--vae-half-steps", "1", "--vae-steps", "1", "--half-steps", "2", "--steps", "2",
              "--no-bf16"]
     assert pretrain.main(flags) == 0
     pipeline = load_pixcell_base(tmp_path / "base", "cpu", "no")

@@ -1,0 +1,162 @@
+"""The experiment: what adapter and LoRA change on held-out tiles, by rank, alpha and place.
+
+    python benchmarks/adaptation.py --data ../shared/data/target_nct --name nct
+    python benchmarks/adaptation.py --name procedural --variants default
+
+Each variant is trained and evaluated (`train.py`, `pixcell_min.tools.evaluate`) once per seed; the
+seed changes the split, the start of LoRA and adapter, and every drawn number. Without --data the
+tiles are the procedural second laboratory's. What is finished is kept in --work and not run again.
+Writes benchmarks/results/adaptation_NAME.json and prints its table.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+VARIANTS = {  # name → what differs from train.py's defaults
+    "default": [],
+    "rank 4, alpha 4": ["--rank", "4", "--alpha", "4"],
+    "rank 4, alpha 8": ["--rank", "4", "--alpha", "8"],
+    "rank 4, alpha 16": ["--rank", "4", "--alpha", "16"],
+    "rank 8, alpha 8": ["--rank", "8", "--alpha", "8"],
+    "rank 8, alpha 16": ["--rank", "8", "--alpha", "16"],
+    "rank 8, alpha 32": ["--rank", "8", "--alpha", "32"],
+    "self-attention alone": ["--attention", "attn1"],
+    "cross-attention alone": ["--attention", "attn2"],
+}
+MEASURES = {  # heading → where report.json holds it, for the arm
+    "colour W1": ("colour", "lab_mean"),
+    "H angle °": ("colour", "macenko_angle_h"),
+    "E angle °": ("colour", "macenko_angle_e"),
+    "cosine": ("fidelity:own", "cosine"),
+    "over shuffled": ("fidelity:own", "margin"),
+    "nuclei r": ("nuclei", "spearman"),
+    "nearer than 5 %": ("memorisation:own", "closer_share"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--name", required=True, help="of the results file")
+    parser.add_argument("--data", type=Path, help="folder of tiles; none: procedural ones")
+    parser.add_argument("--variants", default=",".join(VARIANTS).replace(", ", "+"),
+                        help="comma-separated, + for a comma within a name")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--count", type=int, default=34, help="held-out tiles at most")
+    parser.add_argument("--arms", default="base,adapter,lora,both")
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs/adaptation")
+    parser.add_argument("--train", default="", help="further flags of train.py, for all variants")
+    options = parser.parse_args()
+    names = [name.replace("+", ", ") for name in options.variants.split(",")]
+    work = options.work / options.name
+    jobs = [(name, seed) for seed in range(options.seeds) for name in names]
+    with ThreadPoolExecutor(options.jobs) as pool, tqdm(total=len(jobs), unit="run") as bar:
+        for future in [pool.submit(run, work, name, seed, options) for name, seed in jobs]:
+            future.result()
+            bar.update()
+    results = collect(work, options)
+    path = ROOT / "benchmarks/results" / f"adaptation_{options.name}.json"
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    print(table(results), path, sep="\n\n")
+
+
+def folder_of(work, name, seed) -> Path:
+    return work / f"{name.replace(', ', '_').replace(' ', '-')}_seed{seed}"
+
+
+def run(work, name, seed, options) -> None:
+    """Train and evaluate one variant at one seed, unless both are done."""
+    folder, images = folder_of(work, name, seed), Path("evaluation/images/base")
+    if (folder / "evaluation/report.json").exists():
+        return
+    data = ["--data", str(options.data)] if options.data else []
+    started = ["--resume"] if (folder / "state.pt").exists() else ["--overwrite"]
+    call([sys.executable, "train.py", *data, "--out", str(folder), "--seed", str(seed),
+          "--cache", str(work.parent / "cache"), "--validation-fraction", "0.5",
+          "--sample-count", "0", *options.train.split(), *VARIANTS[name], *started], folder, options)
+    # Base images depend on the tile and the seed alone: what another variant drew is taken over.
+    shared = work / f"base_seed{seed}"
+    if shared.exists():
+        shutil.copytree(shared, folder / images, dirs_exist_ok=True)
+    tiles = options.data or next(Path(work.parent / "cache").glob("procedural-second-*"))
+    call([sys.executable, "-m", "pixcell_min.tools.evaluate", "--data", str(tiles), "--run",
+          str(folder), "--seed", str(seed), "--count", str(options.count), "--arms", options.arms],
+         folder, options)
+    shutil.copytree(folder / images, shared, dirs_exist_ok=True)
+
+
+def call(command, folder, options) -> None:
+    """Run a command of the repository; its output goes beside the run's folder."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    threads = str(max(1, os.cpu_count() // options.jobs))
+    with open(folder.with_suffix(".log"), "a") as log:
+        done = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                              env={**os.environ, "OMP_NUM_THREADS": threads})
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}: exit code {done.returncode}; see {log.name}")
+
+
+def collect(work, options) -> dict:
+    """All finished runs of the folder: variant → arm → measure → each seed's value, and median."""
+    variants, last = {}, None
+    for name in VARIANTS:
+        paths = sorted(work.glob(f"{folder_of(work, name, '*').name}/evaluation/report.json"))
+        reports = [json.loads(path.read_text()) for path in paths]
+        if not reports:
+            continue
+        last = reports[-1]
+        columns = {column: {
+            heading: summary([report["results"][column].get(group, {}).get("values", {}).get(key)
+                              for report in reports])
+            for heading, (group, key) in MEASURES.items()} for column in last["results"]}
+        variants[name] = {
+            "flags": VARIANTS[name], "seeds": len(reports), "columns": columns,
+            "colour, % of base": summary([
+                report["key"]["colour_percent"].get("values", {}).get("value")
+                for report in reports]),
+            "file_bytes": last["file_bytes"],
+            "training_seconds": summary([seconds(path.parent.parent) for path in paths])}
+    return {"name": options.name, "train_flags": options.train,
+            **{key: last[key] for key in ("data", "tiles", "settings", "training_settings",
+                                          "versions", "machine", "date")},
+            "base_hash": last["hashes"]["base"], "variants": variants}
+
+
+def seconds(run) -> float | None:
+    """How long the training steps took."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return max((line.get("seconds", 0) for line in lines), default=None)
+
+
+def summary(values) -> dict | None:
+    """{"median": …, "values": one per seed}; None where a seed has no value."""
+    if any(value is None for value in values):
+        return None
+    return {"median": statistics.median(values), "values": values}
+
+
+def table(results) -> str:
+    """Markdown: a line per variant and column, medians over the seeds."""
+    lines = [f"| {results['name']} | n seeds | % of base | " + " | ".join(MEASURES) + " |",
+             "|---" * (len(MEASURES) + 3) + "|"]
+    for name, variant in results["variants"].items():
+        for column, measures in variant["columns"].items():
+            percent = variant["colour, % of base"] if column == "both" else None
+            cells = [f"{value['median']:.3g}" if value else "–"
+                     for value in (percent, *measures.values())]
+            lines.append(f"| {name}: {column} | {variant['seeds']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
