@@ -157,11 +157,12 @@ def test_stain_densities_recover_what_was_mixed(rng):
 
 
 @pytest.mark.parametrize("laboratory", synthetic.LABORATORIES.values(), ids=lambda x: x.name)
-@pytest.mark.parametrize("share", [0.2, 0.8])
+@pytest.mark.parametrize("share", [0.04, 0.4])
 def test_macenko_finds_two_known_stains(rng, laboratory, share):
     vectors = np.array([laboratory.haematoxylin, laboratory.eosin])
-    pure = rng.random((20000, 1)) < share  # a mixture of nuclei and of eosin alone
-    density = np.where(pure, [[1.0, 0.0]], [[0.0, 1.0]]) * rng.uniform(0.2, 0.9, (20000, 2))
+    density = rng.uniform(0.3, 0.9, (20000, 2))  # mixed everywhere but in `share` of each stain
+    pure = rng.random(20000)
+    density[pure < share, 1] = density[pure > 1 - share, 0] = 0
     got, maxima = macenko(pixels_of(density, vectors))
     assert degrees(got, vectors).max() < 2
     np.testing.assert_allclose(np.linalg.norm(got, axis=1), 1, atol=1e-12)
@@ -176,7 +177,7 @@ def test_macenko_of_one_stain_gives_it_twice(rng):
 
 def test_macenko_needs_enough_tissue():
     few = np.full((STAIN_PIXELS - 1, 3), 120, np.uint8)
-    with pytest.raises(ValueError, match=f"got {len(few)} tissue pixels; needs at least 100"):
+    with pytest.raises(ValueError, match=f"got {len(few)} tissue pixels; needs >= 100"):
         macenko(np.concatenate([few, WHITE.reshape(-1, 3)]))
 
 
@@ -220,7 +221,8 @@ def test_colour_shift_is_zero_to_itself_and_large_between_laboratories(first, se
 
 def test_colour_shift_is_made_of_the_functions_beside_it(first, second):
     a, b = tissue_pixels(first, 4000), tissue_pixels(second, 4000)
-    shift, (mean_a, std_a), (mean_b, std_b) = colour_shift(first, second), reinhard(a), reinhard(b)
+    shift = colour_shift(first, second)
+    (mean_a, std_a), (mean_b, std_b) = reinhard(a), reinhard(b)
     lab_a, lab_b, stain_a, stain_b = *map(rgb_to_lab, (a, b)), *map(stain_densities, (a, b))
     assert shift["lab_a"] == wasserstein1(lab_a[:, 1], lab_b[:, 1])
     assert shift["eosin"] == wasserstein1(stain_a[:, 1], stain_b[:, 1])
@@ -268,7 +270,8 @@ def test_prdc_agrees_with_loops(rng, k):
     real, generated = rng.normal(0, 1, (20, 3)), rng.normal(0.8, 0.7, (15, 3))
 
     def radius(points, i):
-        return sorted(np.linalg.norm(points[i] - x) for j, x in enumerate(points) if j != i)[k - 1]
+        others = np.delete(points, i, 0)
+        return sorted(np.linalg.norm(points[i] - x) for x in others)[k - 1]
 
     in_real = np.array([[np.linalg.norm(x - y) <= radius(real, i) for y in generated]
                         for i, x in enumerate(real)])
@@ -307,13 +310,13 @@ def test_too_few_samples_are_named(function, rows, needs):
     good, few = np.ones((8, 4)), np.ones((rows, 4))
     for sets in ((good, few), (few, good)):
         with pytest.raises(ValueError, match=f"{function.__name__}: got {rows} samples; "
-                                             f"needs at least {needs}"):
+                                             f"needs >= {needs}"):
             function(*sets)
 
 
 def test_the_screen_and_wasserstein_name_too_few():
     few = np.ones((SCREEN_SAMPLES - 1, 4))
-    with pytest.raises(ValueError, match="got 19 samples; needs at least 20"):
+    with pytest.raises(ValueError, match="got 19 samples; needs >= 20"):
         memorisation_screen(few, few, few)
     with pytest.raises(ValueError, match="got 0 and 3 numbers"):
         wasserstein1([], [1, 2, 3])
@@ -334,11 +337,11 @@ def test_bootstrap_covers_the_mean_about_as_often_as_it_says(rng):
     def covered(distinct):
         x = rng.normal(0, 1, 40)
         seed = int(rng.integers(1e6))
-        low, high = bootstrap(lambda i: x[i].mean(), 40, 100, seed, 0.9, distinct)
+        low, high = bootstrap(lambda i: x[i].mean(), 40, 200, seed, 0.9, distinct)
         return low <= 0 <= high
 
     for distinct in (False, True):
-        assert 0.82 < np.mean([covered(distinct) for _ in range(300)]) < 0.95
+        assert 0.82 < np.mean([covered(distinct) for _ in range(200)]) < 0.96
 
 
 def test_bootstrap_draws_n_or_half_of_them_and_repeats_itself():
@@ -357,7 +360,8 @@ def test_bootstrap_of_an_array_gives_arrays():
     x = np.random.default_rng(0).normal(0, 1, (30, 2))
     low, high = bootstrap(lambda i: x[i].mean(0), 30)
     assert low.shape == high.shape == (2,)
-    assert (low[1], high[1]) == bootstrap(lambda i: x[i, 1].mean(), 30)
+    one = bootstrap(lambda i: x[i, 1].mean(), 30)
+    assert (low[1], high[1]) == pytest.approx(one)
 
 
 @pytest.mark.parametrize("options", [dict(n=1), dict(repeats=0), dict(level=1.0)])
@@ -390,7 +394,7 @@ def count(seed, tissue, monkeypatch):
         Counted.drawn = []
         densities = synthetic.render_densities(seed, tissue)
     visible = 0
-    for points, tone in Counted.drawn:  # later tissue may lie over a nucleus: look at its density
+    for points, tone in Counted.drawn:  # later tissue may lie over a nucleus: ask its density
         inside = points[((points >= 1) & (points < 255)).all(1)].astype(int)
         visible += sum(densities[0, y - 1 : y + 2, x - 1 : x + 2].mean() >= tone / 2
                        for x, y in inside)
@@ -404,7 +408,8 @@ def test_nuclei_density_ranks_tiles_as_their_counts_do(monkeypatch):
     counts = [visible for _, _, visible in counted]
     assert max(counts) > 200 and min(counts) == 0
     got = [[nuclei_density(synthetic.stain(densities, laboratory, seed))
-            for seed, densities, _ in counted] for laboratory in synthetic.LABORATORIES.values()]
+            for seed, densities, _ in counted]
+           for laboratory in (synthetic.FIRST, synthetic.SECOND)]
     for values in got:
         assert stats.spearmanr(values, counts)[0] > 0.9
         # per 10,000 px: about the count itself, so the unit is right
@@ -431,4 +436,4 @@ def test_public_functions_that_raise_say_so():
     for name, function in inspect.getmembers(metrics, inspect.isfunction):
         if function.__module__ == metrics.__name__ and not name.startswith("_"):
             raises = "raise ValueError" in inspect.getsource(function)
-            assert not raises or "Raises: ValueError" in " ".join(function.__doc__.split()), name
+            assert not raises or "Raises: ValueError" in function.__doc__, name

@@ -120,8 +120,7 @@ def macenko(pixels) -> tuple[np.ndarray, np.ndarray]:
     density = optical_density(pixels).reshape(-1, 3)
     density = density[np.linalg.norm(density, axis=1) >= TISSUE_DENSITY]
     if len(density) < STAIN_PIXELS:
-        raise ValueError(
-            f"macenko: got {len(density)} tissue pixels; needs at least {STAIN_PIXELS}")
+        raise ValueError(f"macenko: got {len(density)} tissue pixels; needs >= {STAIN_PIXELS}")
     plane = np.linalg.eigh(density.T @ density)[1][:, :0:-1]  # (3, 2): largest first
     plane[:, 0] *= np.sign(plane[:, 0].sum())  # densities are positive: so is their main axis
     along, across = (density @ plane).T
@@ -157,11 +156,11 @@ def wasserstein1(a, b) -> float:
     """
     if not len(a) or not len(b):
         raise ValueError(
-            f"wasserstein1: got {len(a)} and {len(b)} numbers; needs at least 1 each")
+            f"wasserstein1: got {len(a)} and {len(b)} numbers; needs >= 1 each")
     values = np.concatenate([a, b]).astype(np.float64)
     order = np.argsort(values)
-    jumps = np.repeat([1 / len(a), -1 / len(b)], [len(a), len(b)])[order]
-    return float(np.abs(np.cumsum(jumps)[:-1]) @ np.diff(values[order]))
+    jumps = np.repeat([len(b), -len(a)], [len(a), len(b)])[order]  # integers: no rounding
+    return float(np.abs(np.cumsum(jumps)[:-1]) @ np.diff(values[order]) / (len(a) * len(b)))
 
 
 def colour_shift(real_images, other_images) -> dict[str, float]:
@@ -200,7 +199,7 @@ def _feature_sets(name, *sets, needs=1):
             raise ValueError(f"{name}: got features of shapes {[x.shape for x in sets]}; "
                              "expected (n, d) with one d")
         if len(features) < needs:
-            raise ValueError(f"{name}: got {len(features)} samples; needs at least {needs}")
+            raise ValueError(f"{name}: got {len(features)} samples; needs >= {needs}")
         if not np.isfinite(features).all():
             raise ValueError(f"{name}: features hold NaN or infinity; expected finite numbers")
     return sets
@@ -224,7 +223,7 @@ def frechet_distance(a, b) -> float:
 def kernel_distance(a, b) -> float:
     """Unbiased squared MMD (KID) of features (n, d), (m, d): may fall below 0.
 
-    Bińkowski et al. 2018, kernel (x·y / d + 1)^3. Raises: ValueError for fewer than 2 samples.
+    Bińkowski et al. 2018, kernel (x·y / d + 1)^3. Raises: ValueError below 2 samples.
     """
     a, b = _feature_sets("kernel_distance", a, b, needs=2)
 
@@ -251,8 +250,8 @@ def precision_recall_density_coverage(real, generated, k=5) -> dict[str, float]:
     density: real balls per generated sample, over k (may exceed 1); coverage: real balls with
     a generated sample in them. Raises: ValueError for fewer than k + 1 samples.
     """
-    real, generated = _feature_sets(
-        "precision_recall_density_coverage", real, generated, needs=k + 1)
+    name = "precision_recall_density_coverage"
+    real, generated = _feature_sets(name, real, generated, needs=k + 1)
 
     def radii(x):
         return np.partition(_distances(x, x), k, axis=1)[:, k]  # the sample itself is number 0
@@ -266,9 +265,9 @@ def precision_recall_density_coverage(real, generated, k=5) -> dict[str, float]:
             "coverage": float(in_real.any(1).mean())}
 
 
-def _unit_rows(name, *sets, needs=1):
+def _unit_rows(name, *sets):
     """Feature sets with rows of length one."""
-    sets = _feature_sets(name, *sets, needs=needs)
+    sets = _feature_sets(name, *sets)
     for features in sets:
         if not np.linalg.norm(features, axis=1).all():
             raise ValueError(f"{name}: a feature row is all zero; a cosine needs a direction")

@@ -59,7 +59,7 @@ CAVEATS = (
     "that ranks tiles. Tiles are held out by file, not by patient.",
     "“Base, recoloured” is the base's images given the training tiles' mean colour: what "
     "colour alone buys.")
-STYLE = """body{font:16px/1.5 system-ui,sans-serif;color:#222;max-width:1120px;margin:2em auto;
+STYLE = """body{font:16px/1.5 system-ui,sans-serif;color:#222;max-width:1320px;margin:2em auto;
 padding:0 1em}h1{font-size:1.7em;margin-bottom:.2em}h2{font-size:1.2em;margin-top:2em}
 img{max-width:100%;border:1px solid #ddd}.wide{overflow-x:auto}table{border-collapse:collapse;
 font-size:13.5px;font-variant-numeric:tabular-nums}td,th{padding:.35em .7em;text-align:right;

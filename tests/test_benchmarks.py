@@ -1,0 +1,51 @@
+"""benchmarks/adaptation.py: its variants are flags that train.py knows, its medians are medians."""
+
+import importlib.util
+import json
+
+import pytest
+
+from conftest import ROOT
+from pixcell_min.config import parse_train
+
+spec = importlib.util.spec_from_file_location("adaptation", ROOT / "benchmarks" / "adaptation.py")
+adaptation = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(adaptation)
+
+
+@pytest.mark.parametrize("name", adaptation.VARIANTS)
+def test_each_variant_changes_what_its_name_says(name):
+    config, _ = parse_train(adaptation.VARIANTS[name])
+    if name.startswith("rank"):
+        assert name == f"rank {config.lora_rank}, alpha {config.lora_alpha:g}"
+    else:
+        assert config.lora_attention == {"default": ("attn1", "attn2"),
+                                         "self-attention alone": ("attn1",),
+                                         "cross-attention alone": ("attn2",)}[name]
+
+
+def report_of(colour, cosine):
+    column = {"colour": {"values": {"lab_mean": colour}},
+              "fidelity:own": {"values": {"cosine": cosine}}, "nuclei": {"reason": "too few"}}
+    return {"results": {"base": column, "both": column}, "key": {"colour_percent": {
+        "values": {"value": 10 * colour}}}, "data": "d", "tiles": {}, "settings": {},
+        "training_settings": {}, "versions": {}, "machine": {}, "date": "", "file_bytes": {},
+        "hashes": {"base": "b"}}
+
+
+def test_results_are_medians_over_the_seeds(tmp_path):
+    for seed, colour in enumerate((3.0, 9.0, 4.0)):
+        folder = adaptation.folder_of(tmp_path, "rank 4, alpha 8", seed)
+        (folder / "evaluation").mkdir(parents=True)
+        (folder / "evaluation" / "report.json").write_text(json.dumps(report_of(colour, 0.5)))
+        (folder / "metrics.jsonl").write_text('{"step": 1, "seconds": 7.0}\n{"step": 1}\n')
+    options = type("Options", (), {"name": "try", "train": ""})
+    results = adaptation.collect(tmp_path, options)
+    variant = results["variants"]["rank 4, alpha 8"]
+    assert variant["seeds"] == 3 and list(results["variants"]) == ["rank 4, alpha 8"]
+    assert variant["columns"]["both"]["colour W1"] == {"median": 4.0, "values": [3.0, 9.0, 4.0]}
+    assert variant["columns"]["both"]["nuclei r"] is None
+    assert variant["colour, % of base"]["median"] == 40
+    assert variant["training_seconds"]["median"] == 7
+    lines = adaptation.table(results).splitlines()
+    assert len(lines) == 4 and "| 3 | 40 | 4 |" in lines[3] and "| 3 | – | 4 |" in lines[2]
