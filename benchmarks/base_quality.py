@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from pixcell_min.base import load_pixcell_base
@@ -28,6 +29,7 @@ from pixcell_min.training import generator_for
 UNSEEN = 2 * 10**9  # procedural seeds that neither pretraining nor train.py uses
 SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 9.0)
 STEPS, SCHEDULER = 20, "dpmpp_2m"
+SHEET_PIXELS = 128  # of a tile on the sheet
 
 
 def main() -> None:
@@ -70,6 +72,8 @@ def main() -> None:
                 rebuilt = tensor_to_image(pipeline.vae.decode(pipeline.vae.encode(pixels)[0])[0])
             rows.append((images[i], rebuilt, *(samples[scale][number]
                                                for scale in SCALES[:4:3] + SCALES[5:6])))
+        rows = [[image.resize((SHEET_PIXELS, SHEET_PIXELS), Image.Resampling.LANCZOS)
+                 for image in row] for row in rows]
         save_png(options.sheet, image_grid(rows, ("real, unseen", "VAE", *columns)),
                  {"base_hash": pipeline.base_hash, "tiles": [names[i] for i in chosen],
                   "steps": STEPS, "scheduler": SCHEDULER})

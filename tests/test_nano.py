@@ -5,11 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from conftest import ROOT, SHARED
 from pixcell_min import load_pixcell_base
-from pixcell_min.data import fit_tile, image_to_tensor, read_tile
-from pixcell_min.tools.pretrain import round_trip_psnr
+from pixcell_min.data import fit_tile, image_to_tensor, read_tile, tensor_to_image
+from pixcell_min.tools.pretrain import dihedral, round_trip_psnr, stain_jitter
 from pixcell_min.tools.synthetic import render_tile
 
 NANO = ROOT / "weights" / "pixcell-nano"
@@ -30,15 +31,15 @@ def test_it_has_the_layout_of_a_snapshot_and_at_most_40_mb():
 
 
 def test_the_vae_rebuilds_tiles_it_has_not_seen(nano):
-    # Measured 28 dB on NCT-CRC-HE, 30 dB on procedural tiles; a mean-colour image has about 15.
-    assert round_trip_psnr(nano.vae, [render_tile(UNSEEN + i, "NORM") for i in range(3)]) > 24
+    # Measured 33 dB; the 16 principal components of 8×8 patches, which are linear, give 30.
+    assert round_trip_psnr(nano.vae, [render_tile(UNSEEN + i, "NORM") for i in range(3)]) > 30
 
 
 @pytest.mark.skipif(not (SHARED / "data" / "target_nct").is_dir(), reason="no ../shared")
 def test_the_vae_rebuilds_real_tiles(nano):
-    tiles = sorted((SHARED / "data" / "target_nct" / "TUM").iterdir())[:3]
-    images = [fit_tile(read_tile(tile), 256, "resize") for tile in tiles]
-    assert round_trip_psnr(nano.vae, images) > 24
+    tiles = sorted((SHARED / "data" / "target_nct").rglob("*.*"))
+    images = [fit_tile(read_tile(tile), 256, "resize") for tile in tiles[::4]]
+    assert round_trip_psnr(nano.vae, images) >= 30
 
 
 def test_latents_have_about_unit_variance(nano):
@@ -46,6 +47,18 @@ def test_latents_have_about_unit_variance(nano):
         pixels = torch.stack([image_to_tensor(render_tile(UNSEEN + i)) for i in range(9)])
         latents = nano.vae.encode(pixels)[0]
     assert 0.6 < latents.std() < 1.6 and latents.mean().abs() < 0.3
+
+
+def test_a_turned_and_restained_tile_is_nearest_to_its_original(nano):
+    generator = torch.Generator().manual_seed(0)
+    tiles = [render_tile(UNSEEN + 200 + i) for i in range(24)]
+    pixels = torch.stack([(image_to_tensor(tile) + 1) / 2 for tile in tiles])
+    views = dihedral(stain_jitter(pixels, generator), 5)
+    with torch.no_grad():
+        first, second = (F.normalize(nano.encoder(images)[:, 0], dim=1)
+                         for images in (tiles, [tensor_to_image(2 * view - 1) for view in views]))
+    nearest = (second @ first.T).argmax(1)
+    assert (nearest == torch.arange(24)).float().mean() > 0.5  # by chance 0.04
 
 
 def test_the_denoiser_uses_its_condition(nano):
