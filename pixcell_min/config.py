@@ -147,7 +147,7 @@ class Config:
     use_rslora: bool = _setting(False, FLAG, "switch", "scale by alpha / sqrt(rank) instead")
     learning_rate: float = _setting(1e-4, positive_float, "per step", "peak AdamW rate of LoRA")
     adapter_learning_rate: float = _setting(
-        1e-3, positive_float, "per step", "peak AdamW rate of the adapter")
+        3e-3, positive_float, "per step", "peak AdamW rate of the adapter")
     weight_decay: float = _setting(0.01, nonnegative_float, "factor", "weight decay of AdamW")
     max_grad_norm: float = _setting(1.0, positive_float, "L2 norm", "longer gradients are clipped")
     lr_schedule: str = _setting(
@@ -162,7 +162,7 @@ class Config:
     condition_dropout: float = _setting(
         0.1, fraction, "probability", "condition replaced by the null embedding")
     min_snr_gamma: float = _setting(
-        0.0, nonnegative_float, "factor", "weight errors by min(SNR, gamma)/SNR; 0: all alike")
+        5.0, nonnegative_float, "factor", "weight errors by min(SNR, gamma)/SNR; 0: all alike")
     seed: int = _setting(0, SEED, "number", "start of every random draw")
     save_every: int = _setting(100, nonnegative_int, "steps", "between saves; 0: at the end only")
     validate_every: int = _setting(

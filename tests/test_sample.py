@@ -1,13 +1,16 @@
 """sample.py end to end on a tiny random base: what it writes, repeats bit for bit, refuses."""
 
 import pickle
+import shutil
+import subprocess
+import sys
 
 import pytest
 from PIL import Image
 
 import sample
 import train
-from conftest import SHARED, write_base
+from conftest import ROOT, SHARED, write_base
 from pixcell_min.adapter import load_adapter, save_adapter
 from pixcell_min.images import read_settings
 
@@ -53,6 +56,18 @@ def test_same_bytes_for_the_same_seed_however_many_images_and_tiles(flags, run, 
         [*flags, "--image", tiles, "--num-images", "3", "--out", str(tmp_path / "many")]) == 0
     assert (tmp_path / "many" / "0_seed1.png").read_bytes() == alone
     assert (tmp_path / "many" / "0_seed0.png").read_bytes() != alone
+
+
+def test_the_two_shared_files_give_the_same_bytes_elsewhere(flags, run, tiny_base, tmp_path):
+    assert sample.main(flags) == 0
+    for name in ("lora_weights.safetensors", "adapter.safetensors"):  # no run folder, no settings
+        shutil.copy(run / name, tmp_path / name)
+    subprocess.run(  # another process, which has trained nothing
+        [sys.executable, ROOT / "sample.py", *flags[:2], "--base", tiny_base, "--steps", "3",
+         "--lora", tmp_path / "lora_weights.safetensors", "--mixed-precision", "no",
+         "--adapter", tmp_path / "adapter.safetensors", "--out", tmp_path / "elsewhere"], check=True)
+    assert ((tmp_path / "elsewhere" / "0_seed0.png").read_bytes()
+            == (tmp_path / "out" / "0_seed0.png").read_bytes())
 
 
 def test_compare_puts_real_base_and_adapted_side_by_side(flags, run, tmp_path):
