@@ -22,17 +22,18 @@ from pathlib import Path
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-VARIANTS = {  # name → what differs from train.py's defaults
+VARIANTS = {  # name → what differs from train.py's defaults, rank 8, alpha 16, all attention
     "default": [],
     "rank 4, alpha 4": ["--rank", "4", "--alpha", "4"],
     "rank 4, alpha 8": ["--rank", "4", "--alpha", "8"],
     "rank 4, alpha 16": ["--rank", "4", "--alpha", "16"],
     "rank 8, alpha 8": ["--rank", "8", "--alpha", "8"],
-    "rank 8, alpha 16": ["--rank", "8", "--alpha", "16"],
+    "rank 4, alpha 32": ["--rank", "4", "--alpha", "32"],
     "rank 8, alpha 32": ["--rank", "8", "--alpha", "32"],
     "self-attention alone": ["--attention", "attn1"],
     "cross-attention alone": ["--attention", "attn2"],
 }
+VARIED = {"seed", "out", "lora_rank", "lora_alpha", "lora_attention"}  # by seeds and variants
 MEASURES = {  # heading → where report.json holds it, for the arm
     "colour W1": ("colour", "lab_mean"),
     "H angle °": ("colour", "macenko_angle_h"),
@@ -57,6 +58,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "runs/adaptation")
     parser.add_argument("--train", default="", help="further flags of train.py, for all variants")
     options = parser.parse_args()
+    if options.data is None:  # once, before jobs side by side would each make them
+        options.data = procedural_folder(options.work / "cache")
     names = [name.replace("+", ", ") for name in options.variants.split(",")]
     work = options.work / options.name
     jobs = [(name, seed) for seed in range(options.seeds) for name in names]
@@ -79,20 +82,27 @@ def run(work, name, seed, options) -> None:
     folder, images = folder_of(work, name, seed), Path("evaluation/images/base")
     if (folder / "evaluation/report.json").exists():
         return
-    data = ["--data", str(options.data)] if options.data else []
     started = ["--resume"] if (folder / "state.pt").exists() else ["--overwrite"]
-    call([sys.executable, "train.py", *data, "--out", str(folder), "--seed", str(seed),
-          "--cache", str(work.parent / "cache"), "--validation-fraction", "0.5",
-          "--sample-count", "0", *options.train.split(), *VARIANTS[name], *started], folder, options)
+    call([sys.executable, "train.py", "--data", str(options.data), "--out", str(folder),
+          "--seed", str(seed), "--cache", str(work.parent / "cache"), "--validation-fraction", "0.5",
+          "--sample-count", "0", *options.train.split(), *VARIANTS[name], *started],
+         folder, options)
     # Base images depend on the tile and the seed alone: what another variant drew is taken over.
     shared = work / f"base_seed{seed}"
     if shared.exists():
         shutil.copytree(shared, folder / images, dirs_exist_ok=True)
-    tiles = options.data or next(Path(work.parent / "cache").glob("procedural-second-*"))
-    call([sys.executable, "-m", "pixcell_min.tools.evaluate", "--data", str(tiles), "--run",
-          str(folder), "--seed", str(seed), "--count", str(options.count), "--arms", options.arms],
-         folder, options)
+    call([sys.executable, "-m", "pixcell_min.tools.evaluate", "--data", str(options.data),
+          "--run", str(folder), "--seed", str(seed), "--count", str(options.count),
+          "--arms", options.arms], folder, options)
     shutil.copytree(folder / images, shared, dirs_exist_ok=True)
+
+
+def procedural_folder(cache) -> Path:
+    """The tiles that train.py takes without --data."""
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
+    import train
+    return train.procedural_tiles(train.Config(cache=str(cache)))
 
 
 def call(command, folder, options) -> None:
@@ -108,13 +118,21 @@ def call(command, folder, options) -> None:
 
 def collect(work, options) -> dict:
     """All finished runs of the folder: variant → arm → measure → each seed's value, and median."""
-    variants, last = {}, None
+    variants, last, common = {}, None, None
     for name in VARIANTS:
         paths = sorted(work.glob(f"{folder_of(work, name, '*').name}/evaluation/report.json"))
         reports = [json.loads(path.read_text()) for path in paths]
         if not reports:
             continue
         last = reports[-1]
+        for path, report in zip(paths, reports):  # never two recipes under one heading
+            recipe = [report["data"], report["settings"] | {"seed": None}, report["hashes"]["base"],
+                      {key: value for key, value in report["training_settings"].items()
+                       if key not in VARIED}]
+            common = common or recipe
+            if recipe != common:
+                sys.exit(f"{path}: made with other settings than the first report; give each "
+                         "recipe a --work of its own")
         columns = {column: {
             heading: summary([report["results"][column].get(group, {}).get("values", {}).get(key)
                               for report in reports])
@@ -122,7 +140,7 @@ def collect(work, options) -> dict:
         variants[name] = {
             "flags": VARIANTS[name], "seeds": len(reports), "columns": columns,
             "colour, % of base": summary([
-                report["key"]["colour_percent"].get("values", {}).get("value")
+                report["key"].get("colour_percent", {}).get("values", {}).get("value")
                 for report in reports]),
             "file_bytes": last["file_bytes"],
             "training_seconds": summary([seconds(path.parent.parent) for path in paths])}
@@ -152,8 +170,8 @@ def table(results) -> str:
     for name, variant in results["variants"].items():
         for column, measures in variant["columns"].items():
             percent = variant["colour, % of base"] if column == "both" else None
-            cells = [f"{value['median']:.3g}" if value else "–"
-                     for value in (percent, *measures.values())]
+            cells = [f"{value['median']:.3g} ({min(value['values']):.3g}…{max(value['values']):.3g})"
+                     if value else "–" for value in (percent, *measures.values())]
             lines.append(f"| {name}: {column} | {variant['seeds']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

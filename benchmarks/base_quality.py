@@ -36,11 +36,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--base", default="weights/pixcell-nano")
     parser.add_argument("--data", type=Path, help="tiles never trained on; none: procedural ones")
-    parser.add_argument("--guidance-tiles", type=int, default=12)
+    parser.add_argument("--guidance-tiles", type=int, default=10)
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--sheet", type=Path, help="PNG to write: tile | VAE | samples by guidance")
     options = parser.parse_args()
-    pipeline = load_pixcell_base(options.base)
+    pipeline = load_pixcell_base(options.base, "cpu")
     if options.data:
         tiles = find_tiles(options.data)
         names = [f"{tile.label}/{tile.path.name}" for tile in tiles]
@@ -58,7 +58,7 @@ def main() -> None:
         "vae_psnr_db": {"of the mean squared error": round_trip_psnr(pipeline.vae, images),
                         "mean over tiles": float(np.mean(each)), "lowest": min(each)},
         "retrieval": retrieval(pipeline.encoder, images, embeddings[:, 0]),
-        "guidance": guided, "steps": STEPS, "scheduler": SCHEDULER,
+        "guidance": guided, "guidance_tiles": [names[i] for i in chosen], "steps": STEPS, "scheduler": SCHEDULER,
         "precision": str(pipeline.dtype or "float32"), "torch": torch.__version__,
         "machine": platform.platform()}
     write_text(options.out, json.dumps(result, indent=1) + "\n")

@@ -24,11 +24,11 @@ def test_each_variant_changes_what_its_name_says(name):
                                          "cross-attention alone": ("attn2",)}[name]
 
 
-def report_of(colour, cosine):
+def report_of(colour, cosine, steps=20):
     column = {"colour": {"values": {"lab_mean": colour}},
               "fidelity:own": {"values": {"cosine": cosine}}, "nuclei": {"reason": "too few"}}
     return {"results": {"base": column, "both": column}, "key": {"colour_percent": {
-        "values": {"value": 10 * colour}}}, "data": "d", "tiles": {}, "settings": {},
+        "values": {"value": 10 * colour}}}, "data": "d", "tiles": {}, "settings": {"steps": steps},
         "training_settings": {}, "versions": {}, "machine": {}, "date": "", "file_bytes": {},
         "hashes": {"base": "b"}}
 
@@ -48,4 +48,8 @@ def test_results_are_medians_over_the_seeds(tmp_path):
     assert variant["colour, % of base"]["median"] == 40
     assert variant["training_seconds"]["median"] == 7
     lines = adaptation.table(results).splitlines()
-    assert len(lines) == 4 and "| 3 | 40 | 4 |" in lines[3] and "| 3 | – | 4 |" in lines[2]
+    assert len(lines) == 4
+    assert "| 3 | 40 (30…90) | 4 (3…9) |" in lines[3] and "| 3 | – | 4 (3…9) |" in lines[2]
+    (folder / "evaluation" / "report.json").write_text(json.dumps(report_of(4.0, 0.5, steps=50)))
+    with pytest.raises(SystemExit, match="other settings"):  # two recipes in one folder
+        adaptation.collect(tmp_path, options)

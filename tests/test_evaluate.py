@@ -399,7 +399,7 @@ def test_noise_floor_halves_every_class():
         for label, level in (("A", 20), ("B", 150)) for _ in range(4)]
     floor = comparison.noise_floor(samples, {"own": generator.normal(size=(8, 3))}, 0)
     assert floor["colour"]["n"] == 4 and floor["colour"]["values"]["lab_l"] < 2  # classes: 50 apart
-    assert "values" in floor["kernel:own"] and "needs at least" in floor["overlap:own"]["reason"]
+    assert "values" in floor["kernel:own"] and "needs >= 6" in floor["overlap:own"]["reason"]
 
 
 def test_recolour_takes_on_the_mean_colour_of_the_training_tiles():

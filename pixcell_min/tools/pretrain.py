@@ -268,8 +268,8 @@ def initialise_vae(vae):
 def train_vae(args, work, tiles):
     """VAE stage: rebuild crops of any stain through latents held to the patches' components.
 
-    Left to itself so small a VAE ends below its own linear bound (28.6 against 30.7 dB after 1,900
-    steps), and its latents are rough; held to the components it starts from the bound. The
+    Left to itself so small a VAE ends below its own linear bound (28.6 against about 31 dB after
+    1,900 steps), and its latents are rough; held to the components it starts from the bound. The
     posterior's width is a constant.
     """
     torch.manual_seed(args.seed)
@@ -499,7 +499,7 @@ def main(arguments=None):
     parser.add_argument("--measure", type=Path,
                         help="folder of tiles never trained on, for the VAE's PSNR")
     parser.add_argument("--start-from", type=Path,
-                        help="base folder whose transformer and encoder to carry on from")
+                        help="base folder whose weights to carry on from, unless --work has a state")
     parser.add_argument("--stage", choices=("all", "vae", "joint"), default="all")
     parser.add_argument("--procedural", type=int, default=4000, help="procedural tiles in the bank")
     parser.add_argument("--open-crops", type=int, default=4000,
