@@ -161,6 +161,7 @@ def test_report_is_one_readable_file_without_scripts_or_links(made):
     assert "<script" not in text and "http" not in re.sub(r"base64,[^\"]*", "", text)
     assert text.count("data:image/png;base64,") == 2
     for words in ("Colour shift left over, of the base&#x27;s: ", "real–real floor",
+                  "base recoloured by mean and deviation ", "Macenko angles, ",
                   "VAE round trip", "n 8", made[2]["hashes"]["lora"], "Notes of this evaluation"):
         assert words in text
     # real | VAE | four arms of 64 px; five panels and a legend

@@ -177,7 +177,7 @@ def _encoders(result):
 
 
 def key_lines(result: dict) -> list[str]:
-    """The few numbers that matter, a line each: colour, fidelity, nuclei, files."""
+    """The few numbers that matter, a line each: colour, stains, fidelity, nuclei, files."""
     def shown(column, group, key):
         return _number(_entry(result, column, group, key))
 
@@ -189,8 +189,13 @@ def key_lines(result: dict) -> list[str]:
     lines = [f"Colour shift (CIELAB Wasserstein-1, real to drawn): base "
              f"{shown('base', 'colour', 'lab_mean')}, adapter + LoRA "
              f"{shown('both', 'colour', 'lab_mean')}; real–real floor "
-             f"{shown('real_real', 'colour', 'lab_mean')}.",
-             f"Colour shift left over, of the base's: {gain('colour_percent', ' %')}."]
+             f"{shown('real_real', 'colour', 'lab_mean')}, base recoloured by mean and deviation "
+             f"{shown('colour_only', 'colour', 'lab_mean')}.",
+             f"Colour shift left over, of the base's: {gain('colour_percent', ' %')}.",
+             "Macenko angles, haematoxylin and eosin, in degrees: base " + " and ".join(
+                 shown("base", "colour", f"macenko_angle_{stain}") for stain in "he")
+             + ", adapter + LoRA " + " and ".join(
+                 shown("both", "colour", f"macenko_angle_{stain}") for stain in "he") + "."]
     for encoder in _encoders(result):
         for group, name, what in (("fidelity", "gain", ""),
                                   ("centred", "gain_centred", " less the mean embedding")):
