@@ -27,8 +27,8 @@ VARIANTS = {  # name → what differs from train.py's defaults, rank 8, alpha 16
     "rank 4, alpha 4": ["--rank", "4", "--alpha", "4"],
     "rank 4, alpha 8": ["--rank", "4", "--alpha", "8"],
     "rank 4, alpha 16": ["--rank", "4", "--alpha", "16"],
-    "rank 8, alpha 8": ["--rank", "8", "--alpha", "8"],
     "rank 4, alpha 32": ["--rank", "4", "--alpha", "32"],
+    "rank 8, alpha 8": ["--rank", "8", "--alpha", "8"],
     "rank 8, alpha 32": ["--rank", "8", "--alpha", "32"],
     "self-attention alone": ["--attention", "attn1"],
     "cross-attention alone": ["--attention", "attn2"],
@@ -65,7 +65,11 @@ def main() -> None:
     jobs = [(name, seed) for seed in range(options.seeds) for name in names]
     with ThreadPoolExecutor(options.jobs) as pool, tqdm(total=len(jobs), unit="run") as bar:
         for future in [pool.submit(run, work, name, seed, options) for name, seed in jobs]:
-            future.result()
+            try:
+                future.result()
+            except BaseException:  # SystemExit of a failed command too: start no other run
+                pool.shutdown(cancel_futures=True)
+                raise
             bar.update()
     results = collect(work, options)
     path = ROOT / "benchmarks/results" / f"adaptation_{options.name}.json"
@@ -94,7 +98,10 @@ def run(work, name, seed, options) -> None:
     call([sys.executable, "-m", "pixcell_min.tools.evaluate", "--data", str(options.data),
           "--run", str(folder), "--seed", str(seed), "--count", str(options.count),
           "--arms", options.arms], folder, options)
-    shutil.copytree(folder / images, shared, dirs_exist_ok=True)
+    if not shared.exists():  # appears whole: a run beside this one may be copying from it
+        partial = shared.with_name(f"{shared.name}.{folder.name}")
+        shutil.copytree(folder / images, partial)
+        partial.rename(shared)
 
 
 def procedural_folder(cache) -> Path:

@@ -364,7 +364,7 @@ def test_correlations_equal_scipy_ties_included():
         [scipy.stats.pearsonr(x, y)[0], scipy.stats.spearmanr(x, y)[0]])
     assert comparison.correlations(x, x * 0).tolist() == [0, 0]
     with pytest.raises(ValueError, match="variation"):
-        comparison.correlations(x, x * 0, True)
+        comparison.varied(x, x * 0)
 
 
 def test_tile_cosines_are_own_others_and_their_difference():

@@ -90,6 +90,7 @@ def test_patch_basis_rebuilds_as_well_as_principal_components_can():
     rebuilt = latents @ torch.linalg.pinv(matrix) + center
     assert latents.shape[1] == 16
     assert 10 * math.log10(4 / (rebuilt - patches).square().mean()) > 28  # of ±1, in dB
+    assert 0.6 < latents.var() < 1.6  # 1 where half of the tiles are restained
     # Whiter than the components, not white: colour's channel still leads.
     spread = latents.std(0)
     assert 2 < spread.max() / spread.min() < 10

@@ -123,7 +123,7 @@ def compare_pairs(real, other, features, other_features, training) -> dict:
                             for images in (real, other))
     of_tile = np.repeat(nuclei, per_tile)
     attempt(results, "nuclei", n,
-            lambda: dict(zip(("pearson", "spearman"), correlations(of_tile, drawn_nuclei, True))),
+            lambda: dict(zip(("pearson", "spearman"), correlations(*varied(of_tile, drawn_nuclei)))),
             lambda: metrics.bootstrap(lambda tiles: correlations(
                 of_tile[rows(tiles)], drawn_nuclei[rows(tiles)]), count))
     return results
@@ -141,7 +141,7 @@ def centred(conditions, generated):
 
 
 def tile_cosines(conditions, generated, per_tile):
-    """(3, T): each tile's cosine to its own images, to all other tiles' images, the difference."""
+    """(3, T): mean cosine of a tile's images to it, to the other tiles, and the difference."""
     if len(conditions) < 2:
         raise ValueError("cosine fidelity: got 1 tile; needs 2 to shuffle pairs")
     own, *others = (
@@ -150,11 +150,16 @@ def tile_cosines(conditions, generated, per_tile):
     return np.stack([own, np.mean(others, 0), own - np.mean(others, 0)])
 
 
-def correlations(x, y, strict=False):
-    """(Pearson, Spearman) of (n,) and (n,), 0 without variation: then, if strict, a ValueError."""
+def varied(x, y):
+    """Both as given. Raises: ValueError if one does not vary: no correlation then."""
     if np.ptp(x) == 0 or np.ptp(y) == 0:
-        if strict:
-            raise ValueError(f"nuclei correlation: {len(x)} images of one density; needs variation")
+        raise ValueError(f"nuclei correlation: {len(x)} images of one density; needs variation")
+    return x, y
+
+
+def correlations(x, y):
+    """(Pearson, Spearman) of (n,) and (n,); 0 where one does not vary, as resamples may not."""
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
         return np.zeros(2)
     ranks = []
     for values in (x, y):  # of equal ones the mean rank

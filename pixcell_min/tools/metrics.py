@@ -24,9 +24,9 @@ _XYZ = np.array([[0.4124564, 0.3575761, 0.1804375],  # rows X, Y, Z over linear 
                  [0.2126729, 0.7151522, 0.0721750],
                  [0.0193339, 0.1191920, 0.9503041]])
 _WHITE = _XYZ.sum(1)  # D65 under the 2 degree observer, so that greys have a = b = 0
-_RUIFROK = np.array([[0.65, 0.70, 0.29],  # rows haematoxylin, eosin, DAB over R, G, B
-                     [0.07, 0.99, 0.11],
-                     [0.27, 0.57, 0.78]])
+RUIFROK = np.array([[0.65, 0.70, 0.29],  # rows haematoxylin, eosin, DAB over R, G, B
+                    [0.07, 0.99, 0.11],
+                    [0.27, 0.57, 0.78]])
 
 
 def _look_up(table, pixels):
@@ -106,7 +106,7 @@ def stain_densities(pixels) -> np.ndarray:
 
     The fixed matrix of Ruifrok & Johnston 2001 (haematoxylin, eosin, DAB), inverted.
     """
-    return optical_density(pixels) @ np.linalg.inv(_RUIFROK)[:, :2]
+    return optical_density(pixels) @ np.linalg.inv(RUIFROK)[:, :2]
 
 
 def macenko(pixels) -> tuple[np.ndarray, np.ndarray]:

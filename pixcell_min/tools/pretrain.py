@@ -27,6 +27,7 @@ from pixcell_min import checkpoint
 from pixcell_min.data import (find_tiles, fit_tile, image_to_tensor, read_tile,
                               tensor_to_image)
 from pixcell_min.schedulers import NoiseSchedule
+from pixcell_min.tools.metrics import RUIFROK
 from pixcell_min.tools.synthetic import FIRST, render_tile
 from pixcell_min.training import min_snr_weights
 from pixcell_min.transformer import PatchEmbed, PixCellTransformer, TransformerConfig, sincos_grid
@@ -52,8 +53,6 @@ NANO_ENCODER = {"img_size": 112, "patch_size": 14, "depth": 5, "num_heads": 4, "
                 "init_values": 0.1, "mlp_ratio": 2.66667 * 2, "reg_tokens": 4}
 NANO_TRANSFORMER = TransformerConfig(
     num_layers=8, num_attention_heads=4, attention_head_dim=64, caption_channels=288)
-OD_HE = torch.tensor(  # Ruifrok & Johnston 2001
-    [[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
 
 
 def generator_for(seed, step):
@@ -69,7 +68,7 @@ def stain_jitter(images, generator):
     """
     B = images.shape[0]
     density = -torch.log(images.clamp(min=1 / 255))                          # (B, 3, H, W)
-    stains = F.normalize(OD_HE, dim=1)
+    stains = F.normalize(torch.tensor(RUIFROK, dtype=torch.float32), dim=1)
     amounts = torch.einsum("bchw,cs->bshw", density, torch.linalg.inv(stains))  # (B, stains, H, W)
     gains = torch.exp(0.35 * torch.randn(B, 3, 1, 1, generator=generator))
     tilted = F.normalize(
