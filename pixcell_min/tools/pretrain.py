@@ -385,8 +385,10 @@ def train_transformer(args, work, tiles, latents):
     transformer.pos_embed = window
     schedule, C = NoiseSchedule.linear(), NANO_TRANSFORMER.in_channels
     head = torch.nn.Linear(NANO_ENCODER["embed_dim"], 2 * C)  # for training alone
-    trainer = Trainer({"transformer": transformer, "encoder": encoder, "head": head},
-                      args.learning_rate, work / "joint.pt")
+    trained = {"transformer": transformer}
+    if not args.freeze_encoder:
+        trained |= {"encoder": encoder, "head": head}
+    trainer = Trainer(trained, args.learning_rate, work / "joint.pt")
     total = args.half_steps + args.steps
     moments = latent_moments(latents[::max(1, len(latents) // 1000)].float())
     center, spread = moments.mean(0), moments.std(0)
@@ -418,23 +420,27 @@ def train_transformer(args, work, tiles, latents):
         noisy = schedule.add_noise(x0, noise, t)
         drop = torch.rand(batch, 1, 1, generator=generator) < CONDITION_DROPOUT
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-            first, second = view(seen, generator), view(seen, generator)
+            with torch.set_grad_enabled(not args.freeze_encoder):
+                first = view(seen, generator)
             tokens = torch.where(drop, transformer.uncond_embedding, first[:, None].float())
             predicted = transformer(noisy, t, tokens)[:, :C].float()
-            guessed = head(first).float()
-        weights = min_snr_weights(schedule, t, MIN_SNR_GAMMA)
+        loss = (WEIGHTS(schedule, t) * (predicted - noise).pow(2).mean(dim=(1, 2, 3))).mean()
+        if args.freeze_encoder:
+            return loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+            second, guessed = view(seen, generator), head(first).float()
         # What the denoiser asks of one token comes through slowly: the encoder is also to tell a
         # tile from the others of the batch, and to know its latents' mean and spread.
-        return ((weights * (predicted - noise).pow(2).mean(dim=(1, 2, 3))).mean()
-                + ENCODER_WEIGHT * contrastive_loss(first.float(), second.float())
+        return (loss + ENCODER_WEIGHT * contrastive_loss(first.float(), second.float())
                 + ENCODER_WEIGHT * F.mse_loss(guessed, (latent_moments(x0) - center) / spread))
 
     run_stage(trainer, total, loss_at, "joint", args.seed + 1)
     averaged = trainer.averaged("transformer")
     averaged["caption_projection.uncond_embedding"] = transformer.uncond_embedding
     write_transformer(args.out / "transformer", averaged)
-    write_encoder(args.out / "uni", {k.removeprefix("vit."): v
-                                     for k, v in trainer.averaged("encoder").items()})
+    if not args.freeze_encoder:
+        write_encoder(args.out / "uni", {k.removeprefix("vit."): v
+                                         for k, v in trainer.averaged("encoder").items()})
 
 
 def write_vae(folder, vae, factors):
@@ -500,6 +506,8 @@ def main(arguments=None):
     parser.add_argument("--start-from", type=Path,
                         help="base folder whose weights to carry on from, unless --work has a state")
     parser.add_argument("--stage", choices=("all", "vae", "joint"), default="all")
+    parser.add_argument("--freeze-encoder", action="store_true",
+                        help="train the transformer alone, the encoder as --start-from has it")
     parser.add_argument("--procedural", type=int, default=4000, help="procedural tiles in the bank")
     parser.add_argument("--open-crops", type=int, default=4000,
                         help="crops of open images in the bank")
