@@ -108,7 +108,7 @@ def train(config: Config, options) -> None:
                 group["lr"] = factor * group["initial_lr"]
             report = optimizer_step(
                 lambda batch: diffusion_loss(transformer, adapter, schedule, batch, dtype,
-                                             config.min_snr_gamma),
+                                             config.loss_weighting, config.min_snr_gamma),
                 draw_micro_batches(config, features, training_rows, schedule, step, pipeline.device),
                 config.batch_size * config.gradient_accumulation_steps, optimizer, scaler,
                 config.max_grad_norm)
