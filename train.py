@@ -8,8 +8,6 @@ has never seen.
 """
 
 import hashlib
-import json
-import math
 import os
 import sys
 import time
@@ -18,15 +16,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from pixcell_min import checkpoint
-from pixcell_min.adapter import EmbeddingAdapter, save_adapter
+from pixcell_min.adapter import EmbeddingAdapter
 from pixcell_min.base import features_hash, load_pixcell_base
 from pixcell_min.config import Config, parse_train, read_yaml, to_yaml
 from pixcell_min.data import (batch_indices, cached_features, find_tiles, fit_tile, read_tile,
                               split_tiles)
 from pixcell_min.images import image_grid, save_png
-from pixcell_min.lora import (count_parameters, inject_lora, load_lora_state_dict, lora_disabled,
-                              lora_parameters, lora_state_dict, save_lora)
+from pixcell_min.lora import count_parameters, inject_lora, lora_disabled, lora_parameters
+from pixcell_min.runs import (GRID, SETTINGS, STATE, check_free, load_state, log, make_run_folder,
+                              require_state, save_state)
 from pixcell_min.tools.synthetic import SECOND, write_dataset
 from pixcell_min.training import (build_optimizer, build_scaler, diffusion_loss, draw_batch,
                                   generator_for, optimizer_step, rate_factor, validation_loss)
@@ -36,9 +34,6 @@ PROCEDURAL_SEED = 10**9  # the base's pretraining used lower ones: the same tiss
 MAX_VALIDATION_TILES = 64  # spread over the held-out tiles; more would take longer than training
 MAX_SKIPPED_STEPS = 20  # in a row; float16 overflows now and then, not always
 GRID_STEPS = 20  # of DPM-Solver++ 2M, for the sample grid
-STATE, LORA, ADAPTER = "state.pt", "lora_weights.safetensors", "adapter.safetensors"
-SETTINGS, TILES = "config.yaml", "tiles.json"
-METRICS, GRID = "metrics.jsonl", "samples/grid.png"
 # Settings that a resumed run may change: they touch neither a drawn number nor a weight.
 FREE_ON_RESUME = {"out", "cache", "save_every", "validate_every", "sample_count", "guidance_scale"}
 
@@ -88,7 +83,7 @@ def train(config: Config, options) -> None:
     if options.resume:
         start = load_state(run, identity, transformer, adapter, optimizer, scaler)
     else:
-        make_run_folder(run, config, training, validation)
+        make_run_folder(run, to_yaml(config), training, validation)
 
     def validate(step):
         loss = validation_loss(transformer, adapter, schedule, features,
@@ -127,16 +122,11 @@ def train(config: Config, options) -> None:
             if is_due(done, config.validate_every) or last:
                 validate(done)  # before saving: a resumed run drops what was logged after its save
             if is_due(done, config.save_every) or last:
-                save_state(run, done, config, identity, pipeline, adapter, optimizer, scaler)
+                save_state(run, done, identity, config.base, transformer, adapter, optimizer,
+                           scaler)
     if config.sample_count:
         draw_grid(run, config, pipeline, adapter, features, validation)
     print(f"done: {run}\nnext: python sample.py --run {run} --image TILE --compare")
-
-
-def require_state(run: Path) -> None:
-    """Raises: ValueError unless there is a run to resume."""
-    if not (run / STATE).is_file():
-        raise ValueError(f"{run}: no {STATE} to resume from; start the run without --resume")
 
 
 def check_run_folder(run: Path, config: Config, options) -> None:
@@ -149,28 +139,8 @@ def check_run_folder(run: Path, config: Config, options) -> None:
                    if getattr(then, name) != getattr(config, name)]
         if changed:
             raise ValueError(f"{run}: cannot resume with other settings: {'; '.join(changed)}")
-    elif run.is_file() or (run.is_dir() and any(run.iterdir())):
-        if not options.overwrite:
-            raise ValueError(f"{run}: exists; go on with --resume, replace it with --overwrite, "
-                             "or choose another --out")
-        if not ((run / SETTINGS).is_file() and (run / METRICS).is_file()):
-            raise ValueError(f"{run}: holds no {SETTINGS} and {METRICS}, so it is no run; "
-                             "--overwrite replaces runs only")
-
-
-def make_run_folder(run: Path, config: Config, training, validation) -> None:
-    """Settings and tiles; --overwrite deletes a run's own files, now that base and tiles are good.
-
-    tiles.json names what was trained on and what held out, by path and SHA-256, so that whoever
-    measures the run can keep apart what it has seen.
-    """
-    for name in (STATE, LORA, ADAPTER, METRICS, GRID):
-        (run / name).unlink(missing_ok=True)
-    checkpoint.write_text(run / SETTINGS, to_yaml(config))
-    checkpoint.write_text(run / TILES, json.dumps(
-        {name: [{"path": str(tile.path.resolve()), "hash": checkpoint.file_hash(tile.path)}
-                for tile in tiles]
-         for name, tiles in (("training", training), ("validation", validation))}, indent=1))
+    else:
+        check_free(run, options.overwrite)
 
 
 def make_trainable(config: Config, pipeline) -> EmbeddingAdapter:
@@ -242,14 +212,6 @@ def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def log(run: Path, values: dict) -> None:
-    """Append a line to metrics.jsonl."""
-    with open(run / METRICS, "a", encoding="utf-8") as file:
-        finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value
-                  for key, value in values.items()}  # JSON knows no NaN
-        file.write(json.dumps(finite) + "\n")
-
-
 def fingerprint(tensor) -> str:
     """SHA-256 of a float32 CPU tensor's bytes."""
     return hashlib.sha256(tensor.contiguous().numpy()).hexdigest()
@@ -259,45 +221,6 @@ def spread(items: list, count: int) -> list:
     """At most `count` of a list, evenly spaced, in order."""
     count = min(count, len(items))
     return [items[i * len(items) // count] for i in range(count)]
-
-
-def save_state(run, step, config, identity, pipeline, adapter, optimizer, scaler) -> None:
-    """Write the two files to share, then the state to resume from, each whole or not at all."""
-    provenance = {"base_hash": pipeline.base_hash, "base": str(config.base), "step": str(step)}
-    save_lora(pipeline.transformer, run / LORA, provenance)
-    save_adapter(adapter, run / ADAPTER, provenance)
-    checkpoint.save_object(run / STATE, {
-        **identity, "step": step, "lora": lora_state_dict(pipeline.transformer),
-        "adapter": adapter.state_dict(), "optimizer": optimizer.state_dict(),
-        "scaler": scaler.state_dict()})
-
-
-def load_state(run, identity, transformer, adapter, optimizer, scaler) -> int:
-    """Put a saved state back; → optimizer steps done. Raises: ValueError if it does not fit."""
-    state = checkpoint.load_object(run / STATE)
-    expected = {*identity, "step", "lora", "adapter", "optimizer", "scaler"}
-    if not isinstance(state, dict) or state.keys() != expected:
-        raise ValueError(f"{run / STATE}: not the state of a run; expected {sorted(expected)}")
-    for key, value in identity.items():
-        if state[key] != value:
-            raise ValueError(f"{run}: cannot resume: {key} was {state[key]}, is {value}")
-    kept = logged_until(run, state["step"])
-    load_lora_state_dict(transformer, state["lora"], run / STATE)
-    checkpoint.load_strict(adapter, state["adapter"], run / STATE)
-    optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
-    checkpoint.write_text(run / METRICS, kept)
-    return state["step"]
-
-
-def logged_until(run: Path, step: int) -> str:
-    """The lines of metrics.jsonl up to a step; later ones are logged again. Raises: ValueError."""
-    lines = checkpoint.read_text(run / METRICS).splitlines(keepends=True)
-    try:
-        return "".join(line for line in lines
-                       if line.endswith("\n") and json.loads(line)["step"] <= step)
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{run / METRICS}: a line is no log entry; mend or remove it") from None
 
 
 def draw_grid(run, config, pipeline, adapter, features, validation) -> None:
