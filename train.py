@@ -26,13 +26,13 @@ from pixcell_min.lora import count_parameters, inject_lora, lora_disabled, lora_
 from pixcell_min.runs import (GRID, SETTINGS, STATE, check_free, load_state, log, make_run_folder,
                               require_state, save_state)
 from pixcell_min.tools.synthetic import SECOND, write_dataset
-from pixcell_min.training import (build_optimizer, build_scaler, diffusion_loss, draw_batch,
-                                  generator_for, optimizer_step, rate_factor, validation_loss)
+from pixcell_min.training import (Progress, TrainingState, build_optimizer, build_scaler,
+                                  count_attempt, diffusion_loss, draw_batch, generator_for,
+                                  optimizer_step, rate_factor, validation_loss)
 
 PROCEDURAL_TILES = 72  # 8 of each tissue
 PROCEDURAL_SEED = 10**9  # the base's pretraining used lower ones: the same tissue in another stain
 MAX_VALIDATION_TILES = 64  # spread over the held-out tiles; more would take longer than training
-MAX_SKIPPED_STEPS = 20  # in a row; float16 overflows now and then, not always
 GRID_STEPS = 20  # of DPM-Solver++ 2M, for the sample grid
 # Settings that a resumed run may change: they touch neither a drawn number nor a weight.
 FREE_ON_RESUME = {"out", "cache", "save_every", "validate_every", "sample_count", "guidance_scale"}
@@ -69,64 +69,76 @@ def train(config: Config, options) -> None:
     tiles = find_tiles(config.data or procedural_tiles(config))
     pipeline = load_pixcell_base(config.base, config.device, config.mixed_precision)
     transformer, schedule, dtype = pipeline.transformer, pipeline.schedule, pipeline.dtype
-    adapter = make_trainable(config, pipeline)
+    state = make_trainable(config, pipeline)
     features, training, validation = load_features(config, pipeline, tiles)
     training_rows = features.rows(training)
     validation = spread(validation, MAX_VALIDATION_TILES)
-    optimizer = build_optimizer(
-        lora_parameters(transformer), adapter.parameters(), config.learning_rate,
-        config.adapter_learning_rate, config.weight_decay)
-    scaler, start, skipped = build_scaler(pipeline.device, dtype), 0, 0
     # What a saved state must agree with to be continued.
     identity = {"base_hash": pipeline.base_hash, "dtype": str(dtype),
                 "tiles": fingerprint(features.embeddings[training_rows])}
     if options.resume:
-        start = load_state(run, identity, transformer, adapter, optimizer, scaler)
+        load_state(run, identity, state)
     else:
         make_run_folder(run, to_yaml(config), training, validation)
 
-    def validate(step):
-        loss = validation_loss(transformer, adapter, schedule, features,
-                               features.rows(validation), config.batch_size, config.seed, dtype)
-        log(run, {"step": step, "validation_loss": loss})
-        tqdm.write(f"validation loss at step {step}: {loss:.5f}")
+    def loss_of(batch):
+        return diffusion_loss(transformer, state.adapter, schedule, batch, dtype,
+                              config.min_snr_gamma)
 
-    if start == 0:
-        validate(0)
-    transformer.train(), adapter.train()
-    began = time.monotonic()
-    with tqdm(total=config.max_train_steps, initial=start, desc="training", unit="step") as bar:
-        for step in range(start, config.max_train_steps):
-            factor = rate_factor(step, config.warmup_steps, config.max_train_steps,
-                                 config.lr_schedule)
-            for group in optimizer.param_groups:
+    def batches_of(attempt):
+        return draw_micro_batches(
+            config, features, training_rows, schedule, attempt, pipeline.device)
+
+    def validate():
+        loss = validation_loss(transformer, state.adapter, schedule, features,
+                               features.rows(validation), config.batch_size, config.seed, dtype)
+        log(run, state.progress, {"validation_loss": loss})
+        tqdm.write(f"validation loss at step {state.progress.step}: {loss:.5f}")
+
+    def save():
+        save_state(run, identity, config.base, state)
+
+    fit(run, config, state, loss_of, batches_of, validate, save)
+    if config.sample_count:
+        draw_grid(run, config, pipeline, state.adapter, features, validation)
+    print(f"done: {run}\nnext: python sample.py --run {run} --image TILE --compare")
+
+
+def fit(run: Path, config: Config, state: TrainingState, loss_of, batches_of, validate,
+        save) -> None:
+    """Optimizer steps until max_train_steps are made; each is logged, some validate and save."""
+    if state.progress.attempt == 0:
+        validate()
+    state.transformer.train(), state.adapter.train()
+    progress, total, began = state.progress, config.max_train_steps, time.monotonic()
+    with tqdm(total=total, initial=progress.step, desc="training", unit="step") as bar:
+        while progress.step < total:
+            factor = rate_factor(progress.step, config.warmup_steps, total, config.lr_schedule)
+            for group in state.optimizer.param_groups:
                 group["lr"] = factor * group["initial_lr"]
             report = optimizer_step(
-                lambda batch: diffusion_loss(transformer, adapter, schedule, batch, dtype,
-                                             config.min_snr_gamma),
-                draw_micro_batches(config, features, training_rows, schedule, step, pipeline.device),
-                config.batch_size * config.gradient_accumulation_steps, optimizer, scaler,
-                config.max_grad_norm)
-            skipped = skipped + 1 if report.skipped else 0
-            if skipped == MAX_SKIPPED_STEPS:
-                raise ValueError(f"float16 overflowed in {skipped} steps in a row; the last save is "
-                                 "kept; use --mixed-precision bf16 or no, or lower rates")
-            done, rates = step + 1, [group["lr"] for group in optimizer.param_groups]
-            log(run, {"step": done, "loss": report.loss, "grad_norm": report.grad_norm,
-                      "lora_rate": rates[0], "adapter_rate": rates[1], "skipped": report.skipped,
-                      "seconds": round(time.monotonic() - began, 3)})
+                loss_of, batches_of(progress.attempt),
+                config.batch_size * config.gradient_accumulation_steps, state.optimizer,
+                state.scaler, config.max_grad_norm)
+            count_attempt(state, report)
+            rates = [group["lr"] for group in state.optimizer.param_groups]
+            log(run, progress, {
+                "loss": report.loss, "grad_norm": report.grad_norm, "lora_rate": rates[0],
+                "adapter_rate": rates[1], "loss_scale": report.loss_scale,
+                "skipped": report.skipped, "skipped_so_far": progress.skipped,
+                "seconds": round(time.monotonic() - began, 3)})
+            if report.skipped:
+                tqdm.write(f"step {progress.step + 1} skipped: float16 overflowed; the loss scale "
+                           f"is {report.loss_scale:g} now ({progress.skipped} skipped so far)")
+                continue
             bar.set_postfix(loss=f"{report.loss:.4f}", lora=f"{rates[0]:.1e}",
                             adapter=f"{rates[1]:.1e}")
             bar.update()
-            last = done == config.max_train_steps
-            if is_due(done, config.validate_every) or last:
-                validate(done)  # before saving: a resumed run drops what was logged after its save
-            if is_due(done, config.save_every) or last:
-                save_state(run, done, identity, config.base, transformer, adapter, optimizer,
-                           scaler)
-    if config.sample_count:
-        draw_grid(run, config, pipeline, adapter, features, validation)
-    print(f"done: {run}\nnext: python sample.py --run {run} --image TILE --compare")
+            last = progress.step == total
+            if is_due(progress.step, config.validate_every) or last:
+                validate()  # before saving: a resumed run drops what was logged after its save
+            if is_due(progress.step, config.save_every) or last:
+                save()
 
 
 def check_run_folder(run: Path, config: Config, options) -> None:
@@ -143,8 +155,8 @@ def check_run_folder(run: Path, config: Config, options) -> None:
         check_free(run, options.overwrite)
 
 
-def make_trainable(config: Config, pipeline) -> EmbeddingAdapter:
-    """Wrap with LoRA, make the adapter, say what is trainable. Raises: ValueError: bad targets."""
+def make_trainable(config: Config, pipeline) -> TrainingState:
+    """Wrap with LoRA, make adapter and optimizer, say what is trainable. Raises: ValueError."""
     transformer = pipeline.transformer
     inert = set(transformer.inert_layers()) if "attn2" in config.lora_attention else set()
     inject_lora(transformer, config.lora_rank, config.lora_alpha, config.lora_target_modules,
@@ -162,7 +174,11 @@ def make_trainable(config: Config, pipeline) -> EmbeddingAdapter:
               "condition token cannot change the image (softmax over one key is 1)")
     print(f"device {pipeline.device}, autocast {pipeline.dtype or 'off'}, "
           f"base {pipeline.base_hash[:12]}")
-    return adapter
+    optimizer = build_optimizer(
+        lora_parameters(transformer), adapter.parameters(), config.learning_rate,
+        config.adapter_learning_rate, config.weight_decay)
+    return TrainingState(transformer, adapter, optimizer,
+                         build_scaler(pipeline.device, pipeline.dtype), Progress())
 
 
 def load_features(config: Config, pipeline, tiles):
@@ -195,10 +211,10 @@ def procedural_tiles(config: Config) -> Path:
     return folder
 
 
-def draw_micro_batches(config: Config, features, rows, schedule, step: int, device):
-    """The batches of optimizer step `step`; each depends on the seed and its own number alone."""
+def draw_micro_batches(config: Config, features, rows, schedule, attempt: int, device):
+    """The batches of an attempt at a step; each depends on the seed and its own number alone."""
     for micro in range(config.gradient_accumulation_steps):
-        micro_step = step * config.gradient_accumulation_steps + micro
+        micro_step = attempt * config.gradient_accumulation_steps + micro
         generator = generator_for(config.seed, "train", micro_step)
         # LoRA dropout draws from the global generator: seeded apart from the noise of the batch.
         torch.manual_seed(generator_for(config.seed, "dropout", micro_step).initial_seed())

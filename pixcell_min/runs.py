@@ -9,7 +9,8 @@ from pathlib import Path
 
 from pixcell_min import checkpoint
 from pixcell_min.adapter import save_adapter
-from pixcell_min.lora import load_lora_state_dict, lora_state_dict, save_lora
+from pixcell_min.lora import save_lora
+from pixcell_min.training import TrainingState
 
 STATE, LORA, ADAPTER = "state.pt", "lora_weights.safetensors", "adapter.safetensors"
 SETTINGS, TILES = "config.yaml", "tiles.json"
@@ -48,48 +49,43 @@ def make_run_folder(run: Path, settings: str, training, validation) -> None:
          for name, tiles in (("training", training), ("validation", validation))}, indent=1))
 
 
-def log(run: Path, values: dict) -> None:
-    """Append a line to metrics.jsonl."""
+def log(run: Path, progress, values: dict) -> None:
+    """Append a line to metrics.jsonl: steps made, attempts at steps, values."""
+    values = {"step": progress.step, "attempt": progress.attempt, **values}
     with open(run / METRICS, "a", encoding="utf-8") as file:
         finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value
                   for key, value in values.items()}  # JSON knows no NaN
         file.write(json.dumps(finite) + "\n")
 
 
-def save_state(run, step, identity, base, transformer, adapter, optimizer, scaler) -> None:
+def save_state(run: Path, identity: dict, base, state: TrainingState) -> None:
     """Write the two files to share, then the state to resume from, each whole or not at all."""
-    provenance = {"base_hash": identity["base_hash"], "base": str(base), "step": str(step)}
-    save_lora(transformer, run / LORA, provenance)
-    save_adapter(adapter, run / ADAPTER, provenance)
-    checkpoint.save_object(run / STATE, {
-        **identity, "step": step, "lora": lora_state_dict(transformer),
-        "adapter": adapter.state_dict(), "optimizer": optimizer.state_dict(),
-        "scaler": scaler.state_dict()})
+    provenance = {"base_hash": identity["base_hash"], "base": str(base),
+                  "step": str(state.progress.step)}
+    save_lora(state.transformer, run / LORA, provenance)
+    save_adapter(state.adapter, run / ADAPTER, provenance)
+    checkpoint.save_object(run / STATE, {**identity, **state.state_dict()})
 
 
-def load_state(run, identity, transformer, adapter, optimizer, scaler) -> int:
-    """Put a saved state back; → optimizer steps done. Raises: ValueError if it does not fit."""
-    state = checkpoint.load_object(run / STATE)
-    expected = {*identity, "step", "lora", "adapter", "optimizer", "scaler"}
-    if not isinstance(state, dict) or state.keys() != expected:
+def load_state(run: Path, identity: dict, state: TrainingState) -> None:
+    """Put a saved state back. Raises: ValueError if it does not fit."""
+    saved = checkpoint.load_object(run / STATE)
+    expected = {*identity, *state.state_dict()}
+    if not isinstance(saved, dict) or saved.keys() != expected:
         raise ValueError(f"{run / STATE}: not the state of a run; expected {sorted(expected)}")
     for key, value in identity.items():
-        if state[key] != value:
-            raise ValueError(f"{run}: cannot resume: {key} was {state[key]}, is {value}")
-    kept = logged_until(run, state["step"])
-    load_lora_state_dict(transformer, state["lora"], run / STATE)
-    checkpoint.load_strict(adapter, state["adapter"], run / STATE)
-    optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
+        if saved[key] != value:
+            raise ValueError(f"{run}: cannot resume: {key} was {saved[key]}, is {value}")
+    kept = logged_until(run, saved["progress"]["attempt"])
+    state.load_state_dict(saved, run / STATE)
     checkpoint.write_text(run / METRICS, kept)
-    return state["step"]
 
 
-def logged_until(run: Path, step: int) -> str:
-    """The lines of metrics.jsonl up to a step; later ones are logged again. Raises: ValueError."""
+def logged_until(run: Path, attempt: int) -> str:
+    """The lines of metrics.jsonl up to an attempt; later ones are logged again. Raises: ValueError."""
     lines = checkpoint.read_text(run / METRICS).splitlines(keepends=True)
     try:
         return "".join(line for line in lines
-                       if line.endswith("\n") and json.loads(line)["step"] <= step)
+                       if line.endswith("\n") and json.loads(line)["attempt"] <= attempt)
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{run / METRICS}: a line is no log entry; mend or remove it") from None

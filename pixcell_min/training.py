@@ -1,7 +1,8 @@
 """One optimizer step: diffusion loss, autocast, GradScaler, accumulation, clipping; validation.
 
 Takes models and schedule as arguments. All randomness of micro-step k comes from a generator made
-of (seed, k), so a resumed run draws what an uninterrupted one would have drawn.
+of (seed, k), so a resumed run draws what an uninterrupted one would have drawn. A step that float16
+overflow voids is an attempt: it uses up its data, but is no step for rates, averages or counts.
     t ~ U{0…T−1},  ε ~ N(0, I),  x_t = √ᾱ_t·x0 + √(1−ᾱ_t)·ε
     loss = mean (ε_θ(x_t, t, c) − ε)²                              Ho et al. 2020, eq. 14
     c = adapter(embedding), or with probability p the null embedding, which bypasses the adapter
@@ -9,14 +10,17 @@ of (seed, k), so a resumed run draws what an uninterrupted one would have drawn.
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
 
+from pixcell_min.checkpoint import load_strict
+from pixcell_min.lora import load_lora_state_dict, lora_state_dict
 from pixcell_min.precision import autocast
 
 VALIDATION_TIMESTEPS = 8  # per tile, one from each of that many equal ranges of t
+MAX_SKIPPED_STEPS = 20  # in a row; float16 overflows now and then, not always
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,21 @@ class StepReport:
     loss: float  # mean over all samples of the step
     grad_norm: float  # L2, before clipping; not finite in a skipped step
     skipped: bool  # float16 overflowed: no weight changed, the scale was lowered
+    loss_scale: float = 1.0  # by which the next step's loss is multiplied, in float16
+
+
+@dataclass
+class Progress:
+    """How far a run is; saved with its weights."""
+
+    step: int = 0  # optimizer steps made; rates and averages follow it
+    attempt: int = 0  # optimizer steps tried, the skipped ones too; the data's position follows it
+    skipped_in_a_row: int = 0
+
+    @property
+    def skipped(self) -> int:
+        """Optimizer steps skipped since the run began."""
+        return self.attempt - self.step
 
 
 def optimizer_step(loss_of, batches, num_samples, optimizer, scaler,
@@ -125,8 +144,8 @@ def optimizer_step(loss_of, batches, num_samples, optimizer, scaler,
     """One optimizer step from micro-batches: gradients of the mean over all `num_samples` samples.
 
     loss_of: Batch → per-sample losses (B,); batches, perhaps of different sizes, are drawn one by
-    one. Gradients are unscaled before they are clipped. Raises: ValueError for a gradient that is
-    not finite without a scaler to skip it; no weight has changed then.
+    one. Gradients are unscaled before they are clipped. A gradient that is not finite changes no
+    weight: the scaler skips the step. Raises: ValueError where there is none, in float32 or bf16.
     """
     total = 0.0
     optimizer.zero_grad(set_to_none=True)
@@ -137,12 +156,67 @@ def optimizer_step(loss_of, batches, num_samples, optimizer, scaler,
     scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
-    if not scaler.is_enabled() and not math.isfinite(norm):
+    skipped = not math.isfinite(norm)
+    if skipped and not scaler.is_enabled():
         raise ValueError(f"the gradient is not finite (loss {total}); "
                          "lower the learning rate or check the tiles")
-    scaler.step(optimizer)
+    if not skipped:  # one judge: clipping by an infinite norm would make finite gradients zero
+        scaler.step(optimizer)
     scaler.update()
-    return StepReport(total, norm, skipped=not math.isfinite(norm))
+    return StepReport(total, norm, skipped, scaler.get_scale())
+
+
+@dataclass
+class TrainingState:
+    """All that a step changes: what a resumed run needs, what is saved."""
+
+    transformer: torch.nn.Module  # with LoRA
+    adapter: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    progress: Progress
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """The trained ones, in the optimizer's order: LoRA's, then the adapter's."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def state_dict(self) -> dict:
+        """Nested dicts of CPU tensors and numbers; `load_state_dict` of it goes on bit for bit."""
+        return {"progress": asdict(self.progress), "lora": lora_state_dict(self.transformer),
+                "adapter": self.adapter.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict()}
+
+    def load_state_dict(self, state: dict, source) -> None:
+        """Put back what `state_dict` gave. Raises: ValueError if it fits another model."""
+        load_lora_state_dict(self.transformer, state["lora"], source)
+        load_strict(self.adapter, state["adapter"], source)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.progress = Progress(**state["progress"])
+
+
+def count_attempt(state: TrainingState, report: StepReport) -> None:
+    """Count a step, or a skipped one. Raises: ValueError where a run cannot go on, with the cause.
+
+    The causes: MAX_SKIPPED_STEPS skips in a row, or a parameter that is no longer finite.
+    """
+    progress = state.progress
+    progress.attempt += 1
+    if report.skipped:
+        progress.skipped_in_a_row += 1
+        if progress.skipped_in_a_row >= MAX_SKIPPED_STEPS:
+            where = "gradients" if math.isfinite(report.loss) else "the forward"
+            raise ValueError(
+                f"float16 overflowed in {progress.skipped_in_a_row} steps in a row ({where}; loss "
+                f"{report.loss:g}, loss scale {report.loss_scale:g}); use --mixed-precision bf16 "
+                "or no, or lower the learning rates")
+        return
+    progress.step += 1
+    progress.skipped_in_a_row = 0
+    if not torch.stack([p.isfinite().all() for p in state.parameters]).all():
+        raise ValueError(f"LoRA or adapter weights are NaN or infinite after step {progress.step} "
+                         f"(gradient norm {report.grad_norm:g}); lower the learning rates")
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import train
-from conftest import ROOT, write_base
+from conftest import ROOT, assert_same_weights, metrics, weights, write_base
 from pixcell_min import base as base_module
 from pixcell_min import training
 from pixcell_min.adapter import EmbeddingAdapter, load_adapter
@@ -30,32 +30,6 @@ from pixcell_min.training import (Batch, build_optimizer, build_scaler, diffusio
 
 RUN_FILES = {"config.yaml", "lora_weights.safetensors", "adapter.safetensors", "metrics.jsonl",
              "state.pt", "tiles.json"}
-
-
-@pytest.fixture
-def arguments(tiny_base, tiles, tmp_path):
-    """Flags of a run of a few float32 steps."""
-    return ["--rank", "2", "--alpha", "4", "--base", str(tiny_base), "--data", str(tiles),
-            "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "run"),
-            "--max-train-steps", "4", "--batch-size", "2", "--gradient-accumulation-steps", "2",
-            "--mixed-precision", "no", "--sample-count", "0", "--validation-fraction", "0.25",
-            "--warmup-steps", "1", "--learning-rate", "0.01"]
-
-
-def metrics(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def weights(run):
-    return {name: read_tensors(run / name)[0]
-            for name in ("lora_weights.safetensors", "adapter.safetensors")}
-
-
-def assert_same_weights(first, second):
-    for name in first:
-        assert first[name].keys() == second[name].keys()
-        for key in first[name]:
-            assert torch.equal(first[name][key], second[name][key]), key
 
 
 def test_a_run_writes_its_files_and_they_load_again(arguments, tmp_path, capsys):
@@ -515,7 +489,7 @@ def test_rate_factor(step, schedule, factor):
 def test_validation_is_the_same_each_time_and_restores_the_mode(arguments, tiny_base, tmp_path):
     config = train.parse_train(arguments)[0]
     pipeline = load_pixcell_base(tiny_base, "cpu", "no")
-    adapter = train.make_trainable(config, pipeline)
+    adapter = train.make_trainable(config, pipeline).adapter
     features, _, held_out = train.load_features(config, pipeline, find_tiles(config.data))
     pipeline.transformer.train()
 
