@@ -18,6 +18,7 @@ from pixcell_min.data import find_tiles, fit_tile, read_tile
 from pixcell_min.images import image_grid, save_png
 from pixcell_min.lora import lora_disabled
 from pixcell_min.pipeline import GUIDANCE_SCALE
+from pixcell_min.runs import shared_files
 from pixcell_min.schedulers import SCHEDULER_NAMES
 
 
@@ -135,8 +136,9 @@ def read_run(options) -> dict:
     if options.run is None:
         return {}
     settings = read_yaml(options.run / "config.yaml")
-    options.lora = options.lora or options.run / "lora_weights.safetensors"
-    options.adapter = options.adapter or options.run / "adapter.safetensors"
+    if not (options.lora and options.adapter):
+        lora, adapter = shared_files(options.run)
+        options.lora, options.adapter = options.lora or lora, options.adapter or adapter
     return settings
 
 

@@ -9,8 +9,10 @@ has never seen.
 
 import hashlib
 import os
+import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,19 +25,24 @@ from pixcell_min.data import (batch_indices, cached_features, find_tiles, fit_ti
                               split_tiles)
 from pixcell_min.images import image_grid, save_png
 from pixcell_min.lora import count_parameters, inject_lora, lora_disabled, lora_parameters
-from pixcell_min.runs import (GRID, SETTINGS, STATE, check_free, load_state, log, make_run_folder,
-                              require_state, save_state)
+from pixcell_min.precision import make_deterministic
+from pixcell_min.runs import (GRID, SETTINGS, StopSignals, check_new, check_writable,
+                              describe_session, kept, load_state, log, read_log, require_state,
+                              resume_command, resume_run, save_shared, save_state, start_run,
+                              state_files)
 from pixcell_min.tools.synthetic import SECOND, write_dataset
 from pixcell_min.training import (Progress, TrainingState, build_optimizer, build_scaler,
                                   count_attempt, diffusion_loss, draw_batch, generator_for,
                                   optimizer_step, rate_factor, validation_loss)
 
+PACKAGE = Path(__file__).resolve().parent / "pixcell_min"
 PROCEDURAL_TILES = 72  # 8 of each tissue
 PROCEDURAL_SEED = 10**9  # the base's pretraining used lower ones: the same tissue in another stain
 MAX_VALIDATION_TILES = 64  # spread over the held-out tiles; more would take longer than training
 GRID_STEPS = 20  # of DPM-Solver++ 2M, for the sample grid
 # Settings that a resumed run may change: they touch neither a drawn number nor a weight.
-FREE_ON_RESUME = {"out", "cache", "save_every", "validate_every", "sample_count", "guidance_scale"}
+FREE_ON_RESUME = {"out", "cache", "save_every", "validate_every", "sample_count", "guidance_scale",
+                  "keep_states"}
 
 
 def main(argv=None) -> int:
@@ -48,38 +55,38 @@ def main(argv=None) -> int:
             config, options = parse_train([*argv, "--config", str(Path(config.out) / SETTINGS)])
         if options.dry_run:
             print(to_yaml(config), end="")
-        else:
-            train(config, options)
+            return 0
+        return train(config, options, ["python", "train.py", *argv])
     except (ValueError, OSError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        saved = config is not None and (Path(config.out) / STATE).is_file()
-        print("train.py: interrupted" + (f"; go on from the last save: python train.py --resume "
-                                         f"--out {config.out}" if saved else " before any save"),
-              file=sys.stderr)
+        run = Path(config.out) if config else None
+        go_on = f"; {kept(run)}" if run and state_files(run) else " before any save"
+        print(f"train.py: interrupted{go_on}", file=sys.stderr)
         return 130
-    return 0
 
 
-def train(config: Config, options) -> None:
-    """One run, from tiles to a run folder. Raises: ValueError for whatever the caller can mend."""
+def train(config: Config, options, command) -> int:
+    """One run, from tiles to a run folder; → exit code: 0, or 128 + the signal that stopped it.
+
+    Raises: ValueError for whatever the caller can mend.
+    """
     run = Path(config.out)
     check_run_folder(run, config, options)
+    if config.deterministic:
+        make_deterministic()
     tiles = find_tiles(config.data or procedural_tiles(config))
     pipeline = load_pixcell_base(config.base, config.device, config.mixed_precision)
     transformer, schedule, dtype = pipeline.transformer, pipeline.schedule, pipeline.dtype
     state = make_trainable(config, pipeline)
     features, training, validation = load_features(config, pipeline, tiles)
     training_rows = features.rows(training)
-    validation = spread(validation, MAX_VALIDATION_TILES)
     # What a saved state must agree with to be continued.
     identity = {"base_hash": pipeline.base_hash, "dtype": str(dtype),
                 "tiles": fingerprint(features.embeddings[training_rows])}
-    if options.resume:
-        load_state(run, identity, state)
-    else:
-        make_run_folder(run, to_yaml(config), training, validation)
+    begin(run, config, options, command, identity, state, training, validation)
+    validation = spread(validation, MAX_VALIDATION_TILES)
 
     def loss_of(batch):
         return diffusion_loss(transformer, state.adapter, schedule, batch, dtype,
@@ -96,23 +103,51 @@ def train(config: Config, options) -> None:
         tqdm.write(f"validation loss at step {state.progress.step}: {loss:.5f}")
 
     def save():
-        save_state(run, identity, config.base, state)
+        save_state(run, identity, state, config.keep_states)
+        save_shared(run, state, {"base_hash": pipeline.base_hash, "base": str(config.base)})
 
-    fit(run, config, state, loss_of, batches_of, validate, save)
+    with StopSignals() as stop:
+        try:
+            fit(run, config, state, loss_of, batches_of, validate, save, stop)
+        except ValueError as error:
+            raise ValueError(f"{error}; {kept(run)}") from None
+    if stop.received:
+        print(f"train.py: stopped by {signal.Signals(stop.received).name} after step "
+              f"{state.progress.step}, saved; go on with: {resume_command(run)}", file=sys.stderr)
+        return 128 + stop.received
     if config.sample_count:
         draw_grid(run, config, pipeline, state.adapter, features, validation)
     print(f"done: {run}\nnext: python sample.py --run {run} --image TILE --compare")
+    return 0
 
 
-def fit(run: Path, config: Config, state: TrainingState, loss_of, batches_of, validate,
-        save) -> None:
-    """Optimizer steps until max_train_steps are made; each is logged, some validate and save."""
-    if state.progress.attempt == 0:
+def begin(run: Path, config: Config, options, command, identity, state, training,
+          validation) -> None:
+    """Make the run's folder, or take it up where it was saved; either way note this session."""
+    session = describe_session(
+        command, {"base": identity["base_hash"], "embeddings": identity["tiles"]},
+        [Path(__file__), *PACKAGE.glob("*.py")], seed=config.seed,
+        precision=identity["dtype"], deterministic=config.deterministic)
+    if not options.resume:
+        start_run(run, session, to_yaml(config), training, validation)
+        save_state(run, identity, state, config.keep_states)  # so that --resume works from now on
+        return
+    note = partial(print, "train.py: note:", file=sys.stderr)
+    load_state(run, identity, state, note)
+    resume_run(run, session, to_yaml(config), state, note)
+    if state.progress.step:  # a kill between the two files may have left them of different steps
+        save_shared(run, state, {"base_hash": identity["base_hash"], "base": str(config.base)})
+
+
+def fit(run: Path, config: Config, state: TrainingState, loss_of, batches_of, validate, save,
+        stop) -> None:
+    """Optimizer steps until max_train_steps are made or a signal came; then all is saved."""
+    if not read_log(run):
         validate()
     state.transformer.train(), state.adapter.train()
     progress, total, began = state.progress, config.max_train_steps, time.monotonic()
     with tqdm(total=total, initial=progress.step, desc="training", unit="step") as bar:
-        while progress.step < total:
+        while progress.step < total and not stop.received:
             factor = rate_factor(progress.step, config.warmup_steps, total, config.lr_schedule)
             for group in state.optimizer.param_groups:
                 group["lr"] = factor * group["initial_lr"]
@@ -139,20 +174,25 @@ def fit(run: Path, config: Config, state: TrainingState, loss_of, batches_of, va
                 validate()  # before saving: a resumed run drops what was logged after its save
             if is_due(progress.step, config.save_every) or last:
                 save()
+        if stop.received:
+            save()
 
 
 def check_run_folder(run: Path, config: Config, options) -> None:
     """Before any loading or deleting, refuse to lose or mix up runs. Raises: ValueError."""
-    if options.resume:
-        require_state(run)
-        then = Config(**read_yaml(run / SETTINGS))
-        names = [name for name in vars(config) if name not in FREE_ON_RESUME]
-        changed = [f"{name} {getattr(then, name)} → {getattr(config, name)}" for name in names
-                   if getattr(then, name) != getattr(config, name)]
-        if changed:
-            raise ValueError(f"{run}: cannot resume with other settings: {'; '.join(changed)}")
-    else:
-        check_free(run, options.overwrite)
+    if not options.resume:
+        check_new(run, options.overwrite)
+        return
+    require_state(run)
+    check_writable(run)
+    then = Config(**read_yaml(run / SETTINGS))
+    changed = {name: f"{name} {getattr(then, name)} → {getattr(config, name)}"
+               for name in vars(config) if getattr(then, name) != getattr(config, name)}
+    if refused := [line for name, line in changed.items() if name not in FREE_ON_RESUME]:
+        raise ValueError(f"{run}: cannot resume with other settings: {'; '.join(refused)}")
+    if changed:
+        print(f"train.py: note: other settings, of no effect on the result: "
+              f"{'; '.join(changed.values())}", file=sys.stderr)
 
 
 def make_trainable(config: Config, pipeline) -> TrainingState:

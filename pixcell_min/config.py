@@ -165,6 +165,7 @@ class Config:
         5.0, nonnegative_float, "factor", "weight errors by min(SNR, gamma)/SNR; 0: all alike")
     seed: int = _setting(0, SEED, "number", "start of every random draw")
     save_every: int = _setting(100, nonnegative_int, "steps", "between saves; 0: at the end only")
+    keep_states: int = _setting(2, integer(2), "states", "newest saved states that are kept")
     validate_every: int = _setting(
         100, nonnegative_int, "steps", "between validations; 0: before and after only")
     validation_fraction: float = _setting(0.1, SHARE, "share", "tiles held out, of every class")
@@ -177,6 +178,7 @@ class Config:
     strict_data: bool = _setting(False, FLAG, "switch", "stop at an unreadable tile, else skip it")
     dihedral: bool = _setting(True, FLAG, "switch", "train on all 8 turns and mirrorings")
     gradient_checkpointing: bool = _setting(False, FLAG, "switch", "less memory for more time")
+    deterministic: bool = _setting(False, FLAG, "switch", "refuse what two runs may round apart")
     device: str = _setting("auto", DEVICE, "name", "auto: cuda where there is one, else cpu")
 
     def __post_init__(self):

@@ -1,91 +1,253 @@
-"""What a run keeps on disk, and how it goes on: settings, tiles, log, state, the files to share.
+"""What a run keeps on disk, and how it goes on: record, settings, tiles, log, states, shared files.
 
-Every file but the log is written whole or not at all. Knows no setting by name and no network.
+A kill at any moment leaves a folder that `--resume` continues bit for bit: every file but the log is
+written whole or not at all, a state before the files to share, and older states go last. Knows no
+setting by name and no network.
 """
 
+import hashlib
 import json
 import math
+import os
+import platform
+import shlex
+import signal
+import threading
+from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
+
+import torch
 
 from pixcell_min import checkpoint
 from pixcell_min.adapter import save_adapter
 from pixcell_min.lora import save_lora
 from pixcell_min.training import TrainingState
 
-STATE, LORA, ADAPTER = "state.pt", "lora_weights.safetensors", "adapter.safetensors"
-SETTINGS, TILES = "config.yaml", "tiles.json"
-METRICS, GRID = "metrics.jsonl", "samples/grid.png"
+RECORD, SETTINGS, TILES = "run.json", "config.yaml", "tiles.json"
+STATES, METRICS, GRID = "states", "metrics.jsonl", "samples/grid.png"
+LORA, ADAPTER = "lora_weights.safetensors", "adapter.safetensors"
+OWN_FILES = (METRICS, LORA, ADAPTER, GRID, f"{STATES}/step-*.pt")  # what --overwrite deletes
+PACKAGES = ("torch", "numpy", "timm", "safetensors", "einops", "pillow")
+
+
+# ---------------------------------------------------------------- may this folder be used?
+
+
+def check_new(run: Path, overwrite: bool) -> None:
+    """Refuse a folder in use, unless it is a run to be replaced, or not writable. Raises: ValueError."""
+    if run.is_file() or (run.is_dir() and any(not _is_temporary(path) for path in run.iterdir())):
+        resume = f"go on with {resume_command(run)}, " if state_files(run) else ""
+        if not overwrite:
+            raise ValueError(f"{run}: exists; {resume}replace it with --overwrite, or choose "
+                             "another --out")
+        if not (run / RECORD).is_file() and not all(
+                (run / name).is_file() for name in (SETTINGS, METRICS)):
+            raise ValueError(f"{run}: holds no {RECORD}, nor {SETTINGS} and {METRICS}, so it is no "
+                             "run; --overwrite replaces runs only")
+    check_writable(run)
+
+
+def check_writable(run: Path) -> None:
+    """Raises: ValueError if nothing can be written there, before anything long is begun."""
+    folder = run
+    while not folder.exists():
+        folder = folder.parent
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"{run}: cannot be written, {folder.absolute()} is read-only; choose "
+                         "another --out")
 
 
 def require_state(run: Path) -> None:
     """Raises: ValueError unless there is a run to resume."""
-    if not (run / STATE).is_file():
-        raise ValueError(f"{run}: no {STATE} to resume from; start the run without --resume")
+    if not state_files(run):
+        raise ValueError(f"{run}: no {STATES}/step-*.pt to resume from; start the run without "
+                         "--resume")
 
 
-def check_free(run: Path, overwrite: bool) -> None:
-    """Refuse a folder that holds something, unless it is a run to be replaced. Raises: ValueError."""
-    if run.is_file() or (run.is_dir() and any(run.iterdir())):
-        if not overwrite:
-            raise ValueError(f"{run}: exists; go on with --resume, replace it with --overwrite, "
-                             "or choose another --out")
-        if not ((run / SETTINGS).is_file() and (run / METRICS).is_file()):
-            raise ValueError(f"{run}: holds no {SETTINGS} and {METRICS}, so it is no run; "
-                             "--overwrite replaces runs only")
+def resume_command(run: Path) -> str:
+    """What to type to go on."""
+    return f"python train.py --resume --out {shlex.quote(str(run))}"
 
 
-def make_run_folder(run: Path, settings: str, training, validation) -> None:
-    """Settings and tiles; --overwrite deletes a run's own files, now that base and tiles are good.
+def _is_temporary(path):
+    return path.name.startswith(".") and path.suffix == ".tmp"
 
-    tiles.json names what was trained on and what held out, by path and SHA-256, so that whoever
-    measures the run can keep apart what it has seen.
+
+# ---------------------------------------------------------------- record
+
+
+def describe_session(command, hashes: dict, code, **facts) -> dict:
+    """What one process of a run was: when, where, by which versions, threads and code.
+
+    code: the source files whose contents `code` is the hash of; facts: further entries.
     """
-    for name in (STATE, LORA, ADAPTER, METRICS, GRID):
-        (run / name).unlink(missing_ok=True)
+    digest = hashlib.sha256("".join(checkpoint.file_hash(path) for path in sorted(code)).encode())
+    return {"started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "command": shlex.join(command), **facts, "hashes": {**hashes, "code": digest.hexdigest()},
+            "versions": {"python": platform.python_version(),
+                         **{name: version(name) for name in PACKAGES}},
+            "threads": torch.get_num_threads(), "system": platform.platform(),
+            "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
+
+
+def start_run(run: Path, session: dict, settings: str, training, validation) -> None:
+    """Record, tiles, settings; --overwrite deletes a run's own files, now that all else is good.
+
+    The record comes first: a folder that has it may be overwritten. tiles.json names what was
+    trained on and what held out, by path and SHA-256, so that whoever measures the run can keep
+    apart what it has seen.
+    """
+    remove_temporary(run)
+    for pattern in OWN_FILES:
+        for path in run.glob(pattern):
+            path.unlink()
+    _write_json(run / RECORD, {"sessions": [{"from_step": 0, **session}]})
+    _write_json(run / TILES, {
+        name: [{"path": str(tile.path.resolve()), "hash": checkpoint.file_hash(tile.path)}
+               for tile in tiles]
+        for name, tiles in (("training", training), ("validation", validation))})
     checkpoint.write_text(run / SETTINGS, settings)
-    checkpoint.write_text(run / TILES, json.dumps(
-        {name: [{"path": str(tile.path.resolve()), "hash": checkpoint.file_hash(tile.path)}
-                for tile in tiles]
-         for name, tiles in (("training", training), ("validation", validation))}, indent=1))
+    checkpoint.write_text(run / METRICS, "")
+
+
+def _write_json(path, content):
+    checkpoint.write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def remove_temporary(run: Path) -> None:
+    """Delete what a kill within a write has left."""
+    for folder in (run, run / STATES, (run / GRID).parent):
+        for path in folder.glob(".*.tmp"):
+            path.unlink()
+
+
+# ---------------------------------------------------------------- log
 
 
 def log(run: Path, progress, values: dict) -> None:
-    """Append a line to metrics.jsonl: steps made, attempts at steps, values."""
+    """Append a line to metrics.jsonl: steps made, attempts at steps, values. Raises: ValueError."""
     values = {"step": progress.step, "attempt": progress.attempt, **values}
-    with open(run / METRICS, "a", encoding="utf-8") as file:
-        finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value
-                  for key, value in values.items()}  # JSON knows no NaN
-        file.write(json.dumps(finite) + "\n")
+    finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value
+              for key, value in values.items()}  # JSON knows no NaN
+    try:
+        with open(run / METRICS, "a", encoding="utf-8") as file:
+            file.write(json.dumps(finite) + "\n")
+    except OSError as error:
+        raise ValueError(f"{run / METRICS}: cannot be written ({error.strerror})") from None
 
 
-def save_state(run: Path, identity: dict, base, state: TrainingState) -> None:
-    """Write the two files to share, then the state to resume from, each whole or not at all."""
-    provenance = {"base_hash": identity["base_hash"], "base": str(base),
-                  "step": str(state.progress.step)}
-    save_lora(state.transformer, run / LORA, provenance)
-    save_adapter(state.adapter, run / ADAPTER, provenance)
-    checkpoint.save_object(run / STATE, {**identity, **state.state_dict()})
+def read_log(run: Path) -> list[dict]:
+    """The lines of metrics.jsonl, but for one cut short by a kill. Raises: ValueError."""
+    try:
+        lines = [json.loads(line) for line in
+                 checkpoint.read_text(run / METRICS).splitlines(keepends=True) if line[-1] == "\n"]
+        [line["attempt"] + line["step"] for line in lines]
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, ValueError) and METRICS in str(error):
+            raise
+        raise ValueError(f"{run / METRICS}: a line is no log entry; mend or remove it") from None
+    return lines
 
 
-def load_state(run: Path, identity: dict, state: TrainingState) -> None:
-    """Put a saved state back. Raises: ValueError if it does not fit."""
-    saved = checkpoint.load_object(run / STATE)
-    expected = {*identity, *state.state_dict()}
-    if not isinstance(saved, dict) or saved.keys() != expected:
-        raise ValueError(f"{run / STATE}: not the state of a run; expected {sorted(expected)}")
+# ---------------------------------------------------------------- states
+
+
+def state_files(run: Path) -> list[Path]:
+    """The saved states, the newest first."""
+    return checkpoint.state_files(run / STATES)
+
+
+def save_state(run: Path, identity: dict, state: TrainingState, keep: int) -> None:
+    """Write what is needed to go on from here; the `keep` newest states stay.
+
+    identity: what a process must agree in to go on, {name: text}. Raises: ValueError, with the
+    earlier states intact, if it cannot be written.
+    """
+    checkpoint.save_state(
+        run / STATES, state.progress.step, {**identity, **state.state_dict()}, keep)
+
+
+def load_state(run: Path, identity: dict, state: TrainingState, report) -> None:
+    """Put the newest intact state back and drop what was logged after it; `report(line)` the loss.
+
+    Raises: ValueError, with nothing changed, if none is intact or it is of another run.
+    """
+    saved, path, failures = checkpoint.load_newest_state(
+        run / STATES, {*identity, *state.state_dict()})
     for key, value in identity.items():
         if saved[key] != value:
             raise ValueError(f"{run}: cannot resume: {key} was {saved[key]}, is {value}")
-    kept = logged_until(run, saved["progress"]["attempt"])
-    state.load_state_dict(saved, run / STATE)
-    checkpoint.write_text(run / METRICS, kept)
+    kept = [line for line in read_log(run) if line["attempt"] <= saved["progress"]["attempt"]]
+    state.load_state_dict(saved, path)
+    for failed, error in failures:
+        lost = checkpoint.state_step(failed) - state.progress.step
+        report(f"{error}; {lost} steps are lost: going on from {path.name}")
+    checkpoint.write_text(run / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
 
 
-def logged_until(run: Path, attempt: int) -> str:
-    """The lines of metrics.jsonl up to an attempt; later ones are logged again. Raises: ValueError."""
-    lines = checkpoint.read_text(run / METRICS).splitlines(keepends=True)
-    try:
-        return "".join(line for line in lines
-                       if line.endswith("\n") and json.loads(line)["attempt"] <= attempt)
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{run / METRICS}: a line is no log entry; mend or remove it") from None
+def resume_run(run: Path, session: dict, settings: str, state: TrainingState, report) -> None:
+    """Note the session and the settings of a run that goes on; `report(line)` other versions."""
+    record = checkpoint.read_json(run / RECORD)
+    before = record["sessions"][-1]
+    changed = [f"{name} {before['versions'].get(name)} → {now}"
+               for name, now in session["versions"].items() if before["versions"].get(name) != now]
+    changed += ["pixcell_min's code"] * (before["hashes"]["code"] != session["hashes"]["code"])
+    if changed:
+        report(f"changed since the run began: {', '.join(changed)}; it may differ from an "
+               "uninterrupted one in its last bits")
+    remove_temporary(run)
+    record["sessions"].append({"from_step": state.progress.step, **session})
+    _write_json(run / RECORD, record)
+    checkpoint.write_text(run / SETTINGS, settings)
+
+
+def kept(run: Path) -> str:
+    """What is left after a failure, and how to go on."""
+    files = state_files(run)
+    return (f"{files[0].stem.replace('-', ' ')} is kept: {resume_command(run)}" if files
+            else "nothing was saved yet")
+
+
+# ---------------------------------------------------------------- files to share
+
+
+def save_shared(run: Path, state: TrainingState, provenance: dict) -> None:
+    """Write LoRA and adapter; their headers name base and step."""
+    header = {**provenance, "step": str(state.progress.step)}
+    save_lora(state.transformer, run / LORA, header)
+    save_adapter(state.adapter, run / ADAPTER, header)
+
+
+def shared_files(run: Path) -> tuple[Path, Path]:
+    """(LoRA file, adapter file) of a run. Raises: ValueError: missing, or of different steps."""
+    paths = run / LORA, run / ADAPTER
+    steps = [checkpoint.read_tensors(path)[1].get("step") for path in paths]
+    if steps[0] != steps[1]:
+        raise ValueError(f"{run}: {LORA} is of step {steps[0]}, {ADAPTER} of step {steps[1]}: the "
+                         f"run was killed while it wrote them; mend it by {resume_command(run)}")
+    return paths
+
+
+# ---------------------------------------------------------------- signals
+
+
+class StopSignals:
+    """Within the block SIGINT and SIGTERM ask for a stop; a second one acts as it always does."""
+
+    def __enter__(self):
+        """Take over both signals, in the main thread; `received` is None or the signal's number."""
+        self.received, self._before = None, {}
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note)
+                            for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        """Give both signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, frame):
+        self.received = number
+        self.__exit__()

@@ -298,7 +298,8 @@ def test_files_are_flushed_before_they_are_renamed(tmp_path, monkeypatch, name):
     monkeypatch.setattr(os, "replace", rename)
     path = tmp_path / "new" / "folder" / name
     WRITERS[name](path)
-    assert order == [("flushed", path.stat().st_ino), ("renamed", path.stat().st_ino)]
+    assert order == [("flushed", path.stat().st_ino), ("renamed", path.stat().st_ino),
+                     ("flushed", path.parent.stat().st_ino)]  # the rename itself, at last
     assert stat.S_IMODE(path.stat().st_mode) == 0o644
     assert [p.name for p in path.parent.iterdir()] == [name]
 

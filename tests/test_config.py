@@ -49,6 +49,7 @@ OTHER = {
     "min_snr_gamma": (["--min-snr-gamma", "0"], "0", 0.0),
     "seed": (["--seed", str(2**63 - 1)], str(2**63 - 1), 2**63 - 1),
     "save_every": (["--save-every", "0"], "0", 0),
+    "keep_states": (["--keep-states", "5"], "5", 5),
     "validate_every": (["--validate-every", "5"], "5", 5),
     "validation_fraction": (["--validation-fraction", "0.5"], "0.5", 0.5),
     "sample_count": (["--sample-count", "0"], "0", 0),
@@ -57,6 +58,7 @@ OTHER = {
     "strict_data": (["--strict-data"], "true", True),
     "dihedral": (["--no-dihedral"], "false", False),
     "gradient_checkpointing": (["--gradient-checkpointing"], "true", True),
+    "deterministic": (["--deterministic"], "true", True),
     "device": (["--device", "cuda:1"], "cuda:1", "cuda:1"),
 }
 

@@ -29,7 +29,7 @@ from pixcell_min.training import (Batch, build_optimizer, build_scaler, diffusio
                                   min_snr_weights, optimizer_step)
 
 RUN_FILES = {"config.yaml", "lora_weights.safetensors", "adapter.safetensors", "metrics.jsonl",
-             "state.pt", "tiles.json"}
+             "states", "tiles.json", "run.json"}
 
 
 def test_a_run_writes_its_files_and_they_load_again(arguments, tmp_path, capsys):
@@ -117,9 +117,12 @@ def test_overwrite_replaces_a_runs_own_files_and_leaves_all_others(arguments, tm
     for name in ("config.yaml", "precious"):
         assert (run / name).exists()
     (run / "metrics.jsonl").write_text("")
-    (run / "state.pt").write_text("old")
+    (run / "states").mkdir()
+    (run / "states" / "step-00000009.pt").write_text("old")
     assert train.main([*arguments, "--overwrite", "--max-train-steps", "1"]) == 0
-    assert (run / "precious").read_text() == "kept" and (run / "state.pt").stat().st_size > 3
+    assert (run / "precious").read_text() == "kept" and [
+        path.name for path in sorted((run / "states").iterdir())] == [
+        "step-00000000.pt", "step-00000001.pt"]
 
 
 def test_a_cache_and_tiles_inside_the_run_folder_survive(arguments, tmp_path, tiles):
@@ -156,7 +159,8 @@ def test_resume_refuses_what_would_mix_runs(damage, arguments, tiles, tmp_path, 
     elif damage == "other precision":
         monkeypatch.setattr(base_module, "choose_dtype", lambda name, device: torch.bfloat16)
     elif damage == "no state":
-        torch.save({"weight": torch.zeros(2)}, run / "state.pt")
+        for path in (run / "states").iterdir():
+            torch.save({"weight": torch.zeros(2)}, path)
     elif damage == "no metrics":
         (run / "metrics.jsonl").unlink()
     else:
@@ -519,6 +523,7 @@ def test_pickled_code_in_a_state_file_is_refused_and_not_run(arguments, tmp_path
         def __reduce__(self):
             return (open, (str(tmp_path / "pwned"), "w"))
 
-    (tmp_path / "run" / "state.pt").write_bytes(pickle.dumps(Payload()))
+    for path in (tmp_path / "run" / "states").iterdir():
+        path.write_bytes(pickle.dumps(Payload()))
     assert train.main(["--resume", "--out", str(tmp_path / "run")]) == 2
     assert not (tmp_path / "pwned").exists() and capsys.readouterr().err.count("\n") == 1

@@ -164,7 +164,7 @@ def test_overflow_at_the_start_costs_attempts_and_no_steps(arguments, tmp_path, 
     assert {line["step"] for line in skipped} == {0}
     peak = [0.01 * train.rate_factor(step, 1, 4, "cosine") for step in range(4)]
     assert [line["lora_rate"] for line in good] == peak  # rates follow the steps made
-    state = load_object(tmp_path / "run" / "state.pt")
+    state = load_object(tmp_path / "run" / "states" / "step-00000004.pt")["content"]
     assert state["progress"]["step"] == 4 == state["optimizer"]["state"][0]["step"]
     assert "step 1 skipped: float16 overflowed" in "".join(capsys.readouterr())
 
