@@ -155,12 +155,25 @@ def save_tensors(path, tensors: dict[str, torch.Tensor],
     path = Path(path)
     plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     if path.suffix == ".safetensors":
-        _replace(path, lambda temporary: save_file(
-            plain, temporary, metadata={"format": "pt", **(metadata or {})}))
+        def write(temporary):
+            save_file(plain, temporary, metadata={"format": "pt", **(metadata or {})})
+            _sort_header(temporary)
+        _replace(path, write)
     elif path.suffix in PICKLE_SUFFIXES:
         _replace(path, lambda temporary: torch.save(plain, temporary))
     else:
         raise ValueError(f"{path}: unknown ending {path.suffix!r}; expected .safetensors or .pth")
+
+
+def _sort_header(path):
+    """Order a safetensors file's header, whose metadata safetensors itself writes in random order."""
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.dumps(json.loads(file.read(size)), sort_keys=True, ensure_ascii=False,
+                            separators=(",", ":")).encode()
+        assert len(header) <= size, f"{path}: header grew"  # same texts: only their order changes
+        file.seek(8)
+        file.write(header.ljust(size))
 
 
 def save_object(path, content) -> None:
