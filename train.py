@@ -90,7 +90,7 @@ def train(config: Config, options, command) -> int:
 
     def loss_of(batch):
         return diffusion_loss(transformer, state.adapter, schedule, batch, dtype,
-                              config.min_snr_gamma)
+                              config.loss_weighting, config.min_snr_gamma)
 
     def batches_of(attempt):
         return draw_micro_batches(

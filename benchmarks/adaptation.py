@@ -19,7 +19,12 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
+
+from pixcell_min.data import find_tiles, read_tile
+from pixcell_min.tools.metrics import colour_shift
+from pixcell_min.tools.synthetic import FIRST, render_tile
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = {  # name → what differs from train.py's defaults, rank 8, alpha 16, all attention
@@ -72,6 +77,8 @@ def main() -> None:
                 raise
             bar.update()
     results = collect(work, options)
+    if options.data.name.startswith("procedural-second"):
+        results["true_shift"] = true_shift(options.data)
     path = ROOT / "benchmarks/results" / f"adaptation_{options.name}.json"
     path.write_text(json.dumps(results, indent=1) + "\n")
     print(table(results), path, sep="\n\n")
@@ -110,6 +117,15 @@ def procedural_folder(cache) -> Path:
         sys.path.insert(0, str(ROOT))
     import train
     return train.procedural_tiles(train.Config(cache=str(cache)))
+
+
+def true_shift(folder) -> dict:
+    """How far the second laboratory lies from the first: the same tissue drawn in either stain."""
+    tiles = find_tiles(folder)
+    first = [np.array(render_tile(int(tile.path.stem.rpartition("_")[2]), tile.label, FIRST))
+             for tile in tiles]
+    shift = colour_shift([np.array(read_tile(tile.path)) for tile in tiles], first)
+    return {heading: shift[key] for heading, (group, key) in MEASURES.items() if group == "colour"}
 
 
 def call(command, folder, options) -> None:
@@ -180,6 +196,9 @@ def table(results) -> str:
             cells = [f"{value['median']:.3g} ({min(value['values']):.3g}…{max(value['values']):.3g})"
                      if value else "–" for value in (percent, *measures.values())]
             lines.append(f"| {name}: {column} | {variant['seeds']} | {' | '.join(cells)} |")
+    if shift := results.get("true_shift"):
+        cells = [f"{shift[heading]:.3g}" if heading in shift else "–" for heading in MEASURES]
+        lines.append(f"| first laboratory, same tissue | – | – | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

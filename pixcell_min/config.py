@@ -161,8 +161,11 @@ class Config:
         "autocast; auto: fp16 on CUDA, bf16 on a CPU fast at it, else no")
     condition_dropout: float = _setting(
         0.1, fraction, "probability", "condition replaced by the null embedding")
+    loss_weighting: str = _setting(
+        "debiased", one_of("uniform", "min_snr", "debiased"), "name",
+        "of timesteps: 1, min(SNR, gamma)/SNR, SNR^-0.5")
     min_snr_gamma: float = _setting(
-        5.0, nonnegative_float, "factor", "weight errors by min(SNR, gamma)/SNR; 0: all alike")
+        5.0, positive_float, "factor", "min_snr's: an error of x0 counts so often at most")
     seed: int = _setting(0, SEED, "number", "start of every random draw")
     save_every: int = _setting(100, nonnegative_int, "steps", "between saves; 0: at the end only")
     keep_states: int = _setting(2, integer(2), "states", "newest saved states that are kept")

@@ -19,6 +19,7 @@ from pixcell_min.checkpoint import load_strict
 from pixcell_min.lora import load_lora_state_dict, lora_state_dict
 from pixcell_min.precision import autocast
 
+DEBIASED_MAX = 10.0  # largest weight of an epsilon: that of SNR 0.01 (t = 674)
 VALIDATION_TIMESTEPS = 8  # per tile, one from each of that many equal ranges of t
 MAX_SKIPPED_STEPS = 20  # in a row; float16 overflows now and then, not always
 
@@ -59,19 +60,29 @@ def condition_tokens(adapter, embeddings, dropped, uncond_embedding):
     return torch.where(dropped[:, None, None], uncond_embedding, adapter(embeddings))
 
 
-def min_snr_weights(schedule, timesteps, gamma: float):
-    """Weight of each sample's error, (B,) float32, so that x0's error counts min(SNR, gamma) times.
+def timestep_weights(schedule, timesteps, weighting: str, min_snr_gamma=5.0):
+    """Weight of each sample's error, (B,) float32; said as how often x0's error counts:
 
-    Hang et al. 2023, section 3.4: nearly clean inputs count less; noisy ones, which decide colour
-    and layout, relatively more. An error of epsilon is SNR times that of x0, one of v SNR + 1 times.
+    "uniform": as often as plain errors say (an error of epsilon is SNR times that of x0, one of v
+    SNR + 1 times); "min_snr": min(SNR, gamma), so that nearly clean inputs count less (Hang et al.
+    2023, section 3.4); "debiased": √SNR, so that very noisy inputs, which decide colour and layout,
+    count more too (Yu et al. 2023, "Debias the training of diffusion models").
+    Raises: ValueError for another name.
     """
     snr = schedule.snr(timesteps)
-    times = {"epsilon": snr, "v_prediction": snr + 1, "sample": 1}[schedule.prediction_type]
-    return snr.clamp(max=gamma) / times
+    plain = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[
+        schedule.prediction_type]
+    # Differs from Yu et al.: 1/√SNR reaches 157 at t = 999, and few samples would be all of a step.
+    of_x0 = {"uniform": plain, "min_snr": snr.clamp(max=min_snr_gamma),
+             "debiased": torch.minimum(snr.sqrt(), DEBIASED_MAX * snr)}
+    if weighting not in of_x0:
+        raise ValueError(f"weighting must be one of {', '.join(of_x0)}, got {weighting!r}")
+    return of_x0[weighting] / plain
 
 
-def diffusion_loss(transformer, adapter, schedule, batch: Batch, dtype=None, min_snr_gamma=None):
-    """Squared error of the predicted target per sample, (B,) float32; weighted, if given a gamma.
+def diffusion_loss(transformer, adapter, schedule, batch: Batch, dtype=None, weighting="uniform",
+                   min_snr_gamma=5.0):
+    """Squared error of the predicted target per sample, (B,) float32, by `timestep_weights`.
 
     Only the forward runs in autocast `dtype`. The network's further output channels (learned
     variance) take no part, as in the authors' LoRA training.
@@ -86,9 +97,7 @@ def diffusion_loss(transformer, adapter, schedule, batch: Batch, dtype=None, min
         output = transformer(latents=noisy, timesteps=batch.timesteps, encoder_hidden_states=tokens)
     predicted = output[:, :noisy.shape[1]].float()
     error = F.mse_loss(predicted, target, reduction="none").mean(dim=(1, 2, 3))
-    if min_snr_gamma:
-        error = error * min_snr_weights(schedule, batch.timesteps, min_snr_gamma)
-    return error
+    return error * timestep_weights(schedule, batch.timesteps, weighting, min_snr_gamma)
 
 
 def build_optimizer(lora_parameters, adapter_parameters, learning_rate, adapter_learning_rate,

@@ -7,6 +7,7 @@ import pytest
 
 from conftest import ROOT
 from pixcell_min.config import parse_train
+from pixcell_min.tools.synthetic import FIRST, SECOND, write_dataset
 
 spec = importlib.util.spec_from_file_location("adaptation", ROOT / "benchmarks" / "adaptation.py")
 adaptation = importlib.util.module_from_spec(spec)
@@ -53,3 +54,11 @@ def test_results_are_medians_over_the_seeds(tmp_path):
     (folder / "evaluation" / "report.json").write_text(json.dumps(report_of(4.0, 0.5, steps=50)))
     with pytest.raises(SystemExit, match="other settings"):  # two recipes in one folder
         adaptation.collect(tmp_path, options)
+
+
+def test_true_shift_is_that_of_the_stain_alone(tmp_path):
+    for laboratory in (FIRST, SECOND):
+        write_dataset(tmp_path / laboratory.name, 4, laboratory, 5)
+    same, other = (adaptation.true_shift(tmp_path / name) for name in (FIRST.name, SECOND.name))
+    assert set(same) == {"colour W1", "H angle °", "E angle °"} == set(other)
+    assert all(value == 0 for value in same.values()) and all(value > 2 for value in other.values())

@@ -46,7 +46,8 @@ OTHER = {
     "gradient_accumulation_steps": (["--gradient-accumulation-steps", "1"], "1", 1),
     "mixed_precision": (["--mixed-precision", "no"], "no", "no"),  # a bare no is false in YAML
     "condition_dropout": (["--condition-dropout", "1"], "1", 1.0),
-    "min_snr_gamma": (["--min-snr-gamma", "0"], "0", 0.0),
+    "loss_weighting": (["--loss-weighting", "min_snr"], "min_snr", "min_snr"),
+    "min_snr_gamma": (["--min-snr-gamma", "3"], "3", 3.0),
     "seed": (["--seed", str(2**63 - 1)], str(2**63 - 1), 2**63 - 1),
     "save_every": (["--save-every", "0"], "0", 0),
     "keep_states": (["--keep-states", "5"], "5", 5),

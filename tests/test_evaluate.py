@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -134,7 +135,7 @@ def test_an_arm_is_the_pipeline_with_adapter_and_lora_or_without(made, tiny_base
 
 def test_every_number_has_its_n_and_every_column_its_groups(made):
     results, notes = made[2]["results"], made[2]["notes"]
-    assert list(results) == [*evaluate.ARMS, "real_real", "vae", "colour_only"]
+    assert list(results) == [*evaluate.ARMS, "real_real", "vae", "colour_only", "copies"]
     for column, n in [("both", 8), ("base", 8), ("colour_only", 8), ("vae", 4), ("real_real", 2)]:
         assert {group["n"] for group in results[column].values()} == {n}
     both = results["both"]
@@ -212,7 +213,7 @@ def test_a_second_encoder_measures_too(made, tmp_path):
                    for name in ("own", "second"))
     assert own != second and result["hashes"]["second"] == file_hash(other / "model.safetensors")
     assert "second encoder" in (tmp_path / "out" / "report.html").read_text()
-    assert list(result["results"]) == ["base", "both", "real_real", "vae", "colour_only"]
+    assert list(result["results"]) == ["base", "both", "real_real", "vae", "colour_only", "copies"]
 
 
 def test_a_run_of_train_py_is_evaluated_on_its_own_held_out_tiles(tiny_base, tiles, tmp_path):
@@ -401,6 +402,22 @@ def test_noise_floor_halves_every_class():
     floor = comparison.noise_floor(samples, {"own": generator.normal(size=(8, 3))}, 0)
     assert floor["colour"]["n"] == 4 and floor["colour"]["values"]["lab_l"] < 2  # classes: 50 apart
     assert "values" in floor["kernel:own"] and "needs >= 6" in floor["overlap:own"]["reason"]
+
+
+def test_copies_of_training_tiles_are_caught_by_the_screen(monkeypatch):
+    generator = np.random.default_rng(0)
+    monkeypatch.setattr(comparison, "round_trip", lambda pipeline, image: np.asarray(image))
+
+    def encoder(image):
+        return torch.tensor(np.asarray(image)).float().reshape(1, 1, -1) - 127
+
+    held_out, training = np.split(generator.integers(0, 255, (26, 8, 8, 3), np.uint8), [20])
+    models = SimpleNamespace(pipeline=None, encoders={"own": encoder})
+    features, trained = (comparison.embed(encoder, its) for its in (held_out, training))
+    entry = comparison.control(models, {"own": features}, {"own": trained}, training)
+    assert entry["memorisation:own"]["values"]["closer_share"] == 1
+    gone = comparison.control(models, {"own": features}, {"own": []}, training)
+    assert "reason" in gone["memorisation:own"]
 
 
 def test_recolour_takes_on_the_mean_colour_of_the_training_tiles():

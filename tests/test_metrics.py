@@ -1,6 +1,7 @@
 """Metrics: against scipy and scikit-image, brute force, known answers, and procedural tiles."""
 
 import inspect
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from pixcell_min.tools.metrics import (
     colour_shift,
     cosine_fidelity,
     frechet_distance,
+    jackknife,
     kernel_distance,
     macenko,
     memorisation_screen,
@@ -368,6 +370,31 @@ def test_bootstrap_of_an_array_gives_arrays():
 def test_bootstrap_refuses(options):
     with pytest.raises(ValueError, match="needs n >= 2"):
         bootstrap(**{"statistic": np.mean, "n": 5, **options})
+
+
+def test_jackknife_of_the_mean_is_the_normal_interval_and_of_an_array_arrays():
+    x = np.random.default_rng(0).normal(0, 1, (30, 2))
+    low, high = jackknife(lambda i: x[i].mean(0), 30, 0.9)
+    reach = NormalDist().inv_cdf(0.95) * x.std(0, ddof=1) / np.sqrt(30)
+    np.testing.assert_allclose((low, high), (x.mean(0) - reach, x.mean(0) + reach), rtol=1e-12)
+    one = jackknife(lambda i: x[i, 1].mean(), 30, 0.9)
+    assert one == pytest.approx((low[1], high[1])) and type(one[0]) is float
+
+
+def test_jackknife_does_not_shift_a_distance_as_the_bootstrap_does(rng):
+    a, b = rng.normal(0, 1, (40, 5)), rng.normal(0.1, 1, (40, 5))
+
+    def distance(i):
+        return frechet_distance(a[i], b[i])
+
+    assert np.mean(jackknife(distance, 40)) == pytest.approx(distance(np.arange(40)))
+    assert np.mean(bootstrap(distance, 40)) > 1.3 * distance(np.arange(40))
+
+
+@pytest.mark.parametrize("options", [dict(n=1), dict(level=0.0)])
+def test_jackknife_refuses(options):
+    with pytest.raises(ValueError, match="needs n >= 2"):
+        jackknife(**{"statistic": np.mean, "n": 5, **options})
 
 
 # ---------------------------------------------------------------- nuclei

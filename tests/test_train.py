@@ -26,7 +26,7 @@ from pixcell_min.images import read_settings
 from pixcell_min.lora import inject_lora, load_lora, lora_layers, lora_parameters
 from pixcell_min.schedulers import NoiseSchedule
 from pixcell_min.training import (Batch, build_optimizer, build_scaler, diffusion_loss,
-                                  min_snr_weights, optimizer_step)
+                                  optimizer_step, timestep_weights)
 
 RUN_FILES = {"config.yaml", "lora_weights.safetensors", "adapter.safetensors", "metrics.jsonl",
              "states", "tiles.json", "run.json"}
@@ -379,9 +379,11 @@ def test_loss_is_the_mean_squared_error_of_epsilon_and_ignores_the_variance_chan
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_min_snr_weights_count_the_error_of_x0_min_snr_gamma_times(prediction_type):
+@pytest.mark.parametrize("weighting, times", [
+    ("min_snr", lambda snr: snr.clamp(max=5)), ("debiased", lambda snr: snr.sqrt())])
+def test_weights_count_the_error_of_x0_as_often_as_they_say(prediction_type, weighting, times):
     schedule = dataclasses.replace(NoiseSchedule.linear(), prediction_type=prediction_type)
-    timesteps = torch.tensor([1, 100, 500, 990])
+    timesteps = torch.tensor([1, 100, 500, 670])
     x0, noise, wrong = torch.randn(3, 4, 2, 5, 5, dtype=torch.float64).unbind()
     noisy = schedule.add_noise(x0, noise, timesteps)
     alpha_bar = schedule.alphas_cumprod[timesteps].double().view(-1, 1, 1, 1)
@@ -391,19 +393,31 @@ def test_min_snr_weights_count_the_error_of_x0_min_snr_gamma_times(prediction_ty
     error = (guess[prediction_type] - schedule.target(x0, noise, timesteps)).square()
     snr = (alpha_bar / (1 - alpha_bar)).flatten()
     torch.testing.assert_close(  # 1e-4: the tables are float32
-        min_snr_weights(schedule, timesteps, 5.0) * error.mean((1, 2, 3)),
-        snr.clamp(max=5) * (wrong - x0).square().mean((1, 2, 3)), rtol=1e-4, atol=0)
+        timestep_weights(schedule, timesteps, weighting, 5.0) * error.mean((1, 2, 3)),
+        times(snr) * (wrong - x0).square().mean((1, 2, 3)), rtol=1e-4, atol=0)
 
 
-def test_min_snr_gamma_weights_the_loss_and_none_leaves_it(tiny_base):
+def test_debiased_weights_end_at_ten_and_uniform_ones_are_one():
+    schedule, timesteps = NoiseSchedule.linear(), torch.arange(1000)
+    weights = timestep_weights(schedule, timesteps, "debiased")
+    assert (weights[:674].diff() > 0).all() and weights[673] < 9.99
+    torch.testing.assert_close(weights[674:], torch.full((326,), 10.0))
+    assert (timestep_weights(schedule, timesteps, "uniform") == 1).all()
+    with pytest.raises(ValueError, match="uniform, min_snr, debiased, got 'p2'"):
+        timestep_weights(schedule, timesteps, "p2")
+
+
+def test_weighting_weights_the_loss_and_uniform_leaves_it(tiny_base):
     transformer, adapter, schedule = small_problem(tiny_base)
     batch = dataclasses.replace(random_batch(3, 2), timesteps=torch.tensor([5, 300, 900]))
     plain = diffusion_loss(transformer, adapter, schedule, batch)
-    weights = min_snr_weights(schedule, batch.timesteps, 5.0)
-    assert (weights < 1).any()
+    for weighting, gamma in (("min_snr", 3.0), ("debiased", 5.0)):
+        weights = timestep_weights(schedule, batch.timesteps, weighting, gamma)
+        assert (weights != 1).any() and torch.equal(
+            diffusion_loss(transformer, adapter, schedule, batch, None, weighting, gamma),
+            plain * weights)
     assert torch.equal(
-        diffusion_loss(transformer, adapter, schedule, batch, None, 5.0), plain * weights)
-    assert torch.equal(diffusion_loss(transformer, adapter, schedule, batch, None, 0.0), plain)
+        diffusion_loss(transformer, adapter, schedule, batch, None, "uniform"), plain)
 
 
 def test_a_run_names_the_tiles_it_trained_on_and_held_out(arguments, tmp_path, tiles):

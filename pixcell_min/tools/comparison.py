@@ -45,8 +45,10 @@ def measure(result, seed, models, samples, drawn, training, training_images) -> 
         results[column] |= compare_pairs(real, its, features["real"], features[column], training)
     if "colour_only" not in images and reasons:
         results["colour_only"] = reasons
+    results["copies"] = control(models, features["real"], training, training_images)
     result["results"] = {column: results[column] for column in
-                         (*drawn, "real_real", "vae", "colour_only") if column in results}
+                         (*drawn, "real_real", "vae", "colour_only", "copies")
+                         if column in results}
     classified = {}
     attempt(classified, "colour_classifier", len(samples), lambda: classify_by_colour(samples))
     result |= classified
@@ -86,21 +88,33 @@ def compare(real, other, features, other_features, intervals=True) -> dict:
         return np.array(list(metrics.colour_shift(
             [thin[i] for i in tiles], [other_thin[i] for i in rows(tiles)]).values()))
 
+    def no_less_than_0(low, high):  # distances
+        return np.maximum(low, 0), high
+
     attempt(results, "colour", n, lambda: metrics.colour_shift(real, other),
-            (lambda: metrics.bootstrap(colour, count)) if intervals else None)
+            (lambda: no_less_than_0(*metrics.jackknife(colour, count))) if intervals else None)
     for name, a in features.items():
         b = other_features[name]
 
         def kernel(tiles):
             return np.array([metrics.kernel_distance(a[tiles], b[rows(tiles)])])
 
+        def frechet(tiles):
+            return np.array([metrics.frechet_distance(a[tiles], b[rows(tiles)])])
+
+        def overlap(tiles):
+            return np.array(list(metrics.precision_recall_density_coverage(
+                a[tiles], b[rows(tiles)]).values()))
+
         attempt(results, f"frechet:{name}", n,
-                lambda: {"frechet_distance": metrics.frechet_distance(a, b)})
+                lambda: {"frechet_distance": metrics.frechet_distance(a, b)},
+                (lambda: no_less_than_0(*metrics.jackknife(frechet, count))) if intervals else None)
         attempt(results, f"kernel:{name}", n,
                 lambda: {"kernel_distance": metrics.kernel_distance(a, b)},
                 (lambda: metrics.bootstrap(kernel, count, distinct=True)) if intervals else None)
         attempt(results, f"overlap:{name}", n,
-                lambda: metrics.precision_recall_density_coverage(a, b))
+                lambda: metrics.precision_recall_density_coverage(a, b),
+                (lambda: no_less_than_0(*metrics.jackknife(overlap, count))) if intervals else None)
     return results
 
 
@@ -117,8 +131,12 @@ def compare_pairs(real, other, features, other_features, training) -> dict:
             attempt(results, f"{group}:{name}", n,
                     lambda: dict(zip(("cosine", "shuffled", "margin"), cosines().mean(1))),
                     lambda: metrics.bootstrap(lambda tiles: cosines()[:, tiles].mean(1), count))
-        attempt(results, f"memorisation:{name}", n, lambda: metrics.memorisation_screen(
-            generated, conditions, np.stack(present(training[name]))))
+        def screen(tiles):
+            return metrics.memorisation_screen(
+                generated[rows(tiles)], conditions, np.stack(present(training[name])))
+
+        attempt(results, f"memorisation:{name}", n, lambda: screen(range(count)), lambda:
+                metrics.bootstrap(lambda tiles: np.array(list(screen(tiles).values())), count))
     nuclei, drawn_nuclei = (np.array([metrics.nuclei_density(image) for image in images])
                             for images in (real, other))
     of_tile = np.repeat(nuclei, per_tile)
@@ -126,6 +144,19 @@ def compare_pairs(real, other, features, other_features, training) -> dict:
             lambda: dict(zip(("pearson", "spearman"), correlations(*varied(of_tile, drawn_nuclei)))),
             lambda: metrics.bootstrap(lambda tiles: correlations(
                 of_tile[rows(tiles)], drawn_nuclei[rows(tiles)]), count))
+    return results
+
+
+def control(models, held_out, training, training_images) -> dict:
+    """The memorisation screen of near copies, training tiles after a VAE round trip: all nearer.
+
+    Without it a screen that says "no nearer" might be one that could not say otherwise.
+    """
+    results, copies = {}, [round_trip(models.pipeline, Image.fromarray(image))
+                           for image in training_images]
+    for name, encoder in models.encoders.items():
+        attempt(results, f"memorisation:{name}", len(copies), lambda: metrics.memorisation_screen(
+            np.stack(embed(encoder, copies)), held_out[name], np.stack(present(training[name]))))
     return results
 
 
@@ -236,7 +267,7 @@ def key_numbers(images, features, count) -> dict:
         return np.array([100 * both / base])
 
     attempt(key, "colour_percent", n, lambda: {"value": percent(range(count), images)[0]},
-            lambda: metrics.bootstrap(percent, count))
+            lambda: metrics.jackknife(percent, count))
     for name, conditions in features["real"].items():
         for group, prepare in (("gain", lambda *its: its), ("gain_centred", centred)):
             gains = cache(lambda: np.subtract(*(  # used within this round of the loop only

@@ -7,6 +7,8 @@ base 10, as in Ruifrok & Johnston 2001 and Macenko et al. 2009, with 255 as empt
 Every function computes in float64 and raises ValueError in one line for too few samples.
 """
 
+from statistics import NormalDist
+
 import numpy as np
 import torch
 from torch.nn.functional import conv2d, max_pool2d, pad
@@ -347,4 +349,23 @@ def bootstrap(statistic, n, repeats=200, seed=0, level=0.95, distinct=False):
     draws = [statistic(rng.permutation(n)[: n // 2] if distinct else rng.integers(0, n, n))
              for _ in range(repeats)]
     low, high = np.quantile(draws, ((1 - level) / 2, (1 + level) / 2), axis=0)
+    return (float(low), float(high)) if np.ndim(low) == 0 else (low, high)
+
+
+def jackknife(statistic, n, level=0.95):
+    """Interval (low, high) of `statistic` around its own value; Quenouille 1956, Tukey 1958.
+
+    statistic takes indices into 0 .. n - 1: all of them, then all but one, n times; its standard
+    error is sqrt((n - 1) / n Σ (θ_i − mean θ)²), the interval symmetric and normal. For distances
+    between sets: a resampled set is further from another than the set itself, so that `bootstrap`
+    would shift them. Raises: ValueError for n < 2 or a level out of (0, 1).
+    """
+    if n < 2 or not 0 < level < 1:
+        raise ValueError(f"jackknife: got n {n}, level {level}; needs n >= 2, 0 < level < 1")
+    every = np.arange(n)
+    left_out = np.array([statistic(np.delete(every, i)) for i in range(n)])
+    error = np.sqrt((n - 1) * left_out.var(0))
+    reach = NormalDist().inv_cdf((1 + level) / 2) * error
+    centre = np.asarray(statistic(every))
+    low, high = centre - reach, centre + reach
     return (float(low), float(high)) if np.ndim(low) == 0 else (low, high)

@@ -29,7 +29,7 @@ from pixcell_min.data import (find_tiles, fit_tile, image_to_tensor, read_tile,
 from pixcell_min.schedulers import NoiseSchedule
 from pixcell_min.tools.metrics import RUIFROK
 from pixcell_min.tools.synthetic import FIRST, render_tile
-from pixcell_min.training import min_snr_weights
+from pixcell_min.training import timestep_weights
 from pixcell_min.transformer import PatchEmbed, PixCellTransformer, TransformerConfig, sincos_grid
 from pixcell_min.uni import IMAGENET_MEAN, IMAGENET_STD, TileEncoder
 from pixcell_min.vae import AutoencoderKL, VAEConfig
@@ -42,7 +42,7 @@ VAE_BATCH_128, VAE_BATCH_256, BATCH_128, BATCH_256 = 4, 2, 64, 16
 BASIS_TILES = 400
 COMPONENT_WEIGHT = 1.0  # against absolute plus squared error per pixel value
 POSTERIOR_LOGVAR = -7.0  # the posterior's standard deviation: 0.03 of the latents'
-MIN_SNR_GAMMA = 5.0  # Hang et al. 2023: caps the weight of nearly clean inputs
+LOSS_WEIGHTING = "debiased"  # 300 more steps: cosine 0.185 to the condition, 0.153 with min_snr
 ENCODER_WEIGHT, TEMPERATURE = 0.05, 0.1  # of each of the encoder's own two losses; of its cosines
 EMA_DECAY, CONDITION_DROPOUT = 0.998, 0.1
 MUON_FACTOR = 2.0  # its rate over AdamW's
@@ -124,15 +124,24 @@ def open_crops(folder, count, seed):
 
 
 def training_tiles(args, work):
-    """The bank of training tiles, (N, 3, 256, 256) uint8, made once and kept in the work folder."""
+    """The bank of training tiles, (N, 3, 256, 256) uint8, made once and kept in the work folder.
+
+    Raises: ValueError if the folder holds a bank made with other settings.
+    """
     path = work / "tiles.safetensors"
+    made_with = json.dumps({"seed": args.seed, "procedural": args.procedural, "open_crops":
+                            args.open_crops if args.open_tiles else 0})
     if not path.exists():
         tiles = [to_uint8(render_tile(args.seed * 10_000_000 + i, laboratory=FIRST))
                  for i in tqdm(range(args.procedural), desc="procedural tiles")]
         if args.open_tiles:
             tiles += open_crops(args.open_tiles, args.open_crops, args.seed)
-        checkpoint.save_tensors(path, {"tiles": torch.stack(tiles)})
-    return checkpoint.read_tensors(path)[0]["tiles"]
+        checkpoint.save_tensors(path, {"tiles": torch.stack(tiles)}, {"made_with": made_with})
+    tensors, header = checkpoint.read_tensors(path)
+    if header.get("made_with") != made_with:
+        raise ValueError(f"{path}: made with {header.get('made_with')}, asked for {made_with}; "
+                         "give the same settings or another --work")
+    return tensors["tiles"]
 
 
 def rate_factor(step, total):
@@ -385,8 +394,10 @@ def train_transformer(args, work, tiles, latents):
     transformer.pos_embed = window
     schedule, C = NoiseSchedule.linear(), NANO_TRANSFORMER.in_channels
     head = torch.nn.Linear(NANO_ENCODER["embed_dim"], 2 * C)  # for training alone
-    trainer = Trainer({"transformer": transformer, "encoder": encoder, "head": head},
-                      args.learning_rate, work / "joint.pt")
+    trained = {"transformer": transformer}
+    if not args.freeze_encoder:
+        trained |= {"encoder": encoder, "head": head}
+    trainer = Trainer(trained, args.learning_rate, work / "joint.pt")
     total = args.half_steps + args.steps
     moments = latent_moments(latents[::max(1, len(latents) // 1000)].float())
     center, spread = moments.mean(0), moments.std(0)
@@ -418,23 +429,28 @@ def train_transformer(args, work, tiles, latents):
         noisy = schedule.add_noise(x0, noise, t)
         drop = torch.rand(batch, 1, 1, generator=generator) < CONDITION_DROPOUT
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-            first, second = view(seen, generator), view(seen, generator)
+            with torch.set_grad_enabled(not args.freeze_encoder):
+                first = view(seen, generator)
             tokens = torch.where(drop, transformer.uncond_embedding, first[:, None].float())
             predicted = transformer(noisy, t, tokens)[:, :C].float()
-            guessed = head(first).float()
-        weights = min_snr_weights(schedule, t, MIN_SNR_GAMMA)
+        weights = timestep_weights(schedule, t, LOSS_WEIGHTING)
+        loss = (weights * (predicted - noise).pow(2).mean(dim=(1, 2, 3))).mean()
+        if args.freeze_encoder:
+            return loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+            second, guessed = view(seen, generator), head(first).float()
         # What the denoiser asks of one token comes through slowly: the encoder is also to tell a
         # tile from the others of the batch, and to know its latents' mean and spread.
-        return ((weights * (predicted - noise).pow(2).mean(dim=(1, 2, 3))).mean()
-                + ENCODER_WEIGHT * contrastive_loss(first.float(), second.float())
+        return (loss + ENCODER_WEIGHT * contrastive_loss(first.float(), second.float())
                 + ENCODER_WEIGHT * F.mse_loss(guessed, (latent_moments(x0) - center) / spread))
 
     run_stage(trainer, total, loss_at, "joint", args.seed + 1)
     averaged = trainer.averaged("transformer")
     averaged["caption_projection.uncond_embedding"] = transformer.uncond_embedding
     write_transformer(args.out / "transformer", averaged)
-    write_encoder(args.out / "uni", {k.removeprefix("vit."): v
-                                     for k, v in trainer.averaged("encoder").items()})
+    if not args.freeze_encoder:
+        write_encoder(args.out / "uni", {k.removeprefix("vit."): v
+                                         for k, v in trainer.averaged("encoder").items()})
 
 
 def write_vae(folder, vae, factors):
@@ -500,6 +516,8 @@ def main(arguments=None):
     parser.add_argument("--start-from", type=Path,
                         help="base folder whose weights to carry on from, unless --work has a state")
     parser.add_argument("--stage", choices=("all", "vae", "joint"), default="all")
+    parser.add_argument("--freeze-encoder", action="store_true",
+                        help="train the transformer alone, the encoder as --start-from has it")
     parser.add_argument("--procedural", type=int, default=4000, help="procedural tiles in the bank")
     parser.add_argument("--open-crops", type=int, default=4000,
                         help="crops of open images in the bank")

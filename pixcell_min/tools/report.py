@@ -19,7 +19,7 @@ GRID_ROWS = 8  # tiles shown
 PIXELS = 2000  # tissue pixels of an image in the histograms
 COLUMNS = {"base": "base", "adapter": "adapter only", "lora": "LoRA only", "both": "adapter + LoRA",
            "real_real": "real–real floor", "vae": "VAE round trip",
-           "colour_only": "base, recoloured"}
+           "colour_only": "base, recoloured", "copies": "copies of training tiles"}
 ENCODERS = {"own": "the base's own encoder", "second": "second encoder"}
 PANELS = ("L", "a", "b", "haematoxylin density", "eosin density")
 INK = {"real": "#555555", "base": "#d95f02", "both": "#1f5fbf"}
@@ -49,14 +49,15 @@ FEATURES = {"frechet": {"frechet_distance": "Fréchet distance ↓"},
 NUCLEI = {"pearson": "nuclei density, tile – image: Pearson ↑", "spearman": "… Spearman ↑"}
 CAVEATS = (
     "Numbers of few tiles are noisy; compare a column with the real–real floor and mind the "
-    "intervals (95 %, bootstrap over tiles; they know nothing of slides or patients). A resampled "
-    "set is further from another than the set itself: intervals of distances lie too high.",
+    "intervals (95 % over tiles: jackknife for distances between sets, else bootstrap; they know "
+    "nothing of slides or patients).",
     "The floor compares halves of every class, so half the n: an upper bound. Fréchet distances "
     "fall with n and mean nothing alone; below some hundreds of images read KID instead.",
     "Features of the base's own encoder are optimistic: it conditions the model. Where all tiles "
     "share a large part of the embedding, cosines are near 1: read the one less the mean.",
-    "The memorisation screen is a screen, not a guarantee. Nuclei are counted by a simple rule "
-    "that ranks tiles. Tiles are held out by file, not by patient.",
+    "The memorisation screen is a screen, not a guarantee; its last column, training tiles after "
+    "a VAE round trip, shows what copies would look like. Nuclei are counted by a simple rule that "
+    "ranks tiles. Tiles are held out by file, not by patient.",
     "“Base, recoloured” is the base's images given the training tiles' mean colour: what "
     "colour alone buys.")
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;color:#222;max-width:1320px;margin:2em auto;
