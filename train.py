@@ -7,7 +7,7 @@ Without --data it trains on procedural tiles of a second "laboratory", whose sta
 has never seen.
 """
 
-import hashlib
+import math
 import os
 import signal
 import sys
@@ -20,11 +20,12 @@ from tqdm import tqdm
 
 from pixcell_min.adapter import EmbeddingAdapter
 from pixcell_min.base import features_hash, load_pixcell_base
+from pixcell_min.checkpoint import content_hash
 from pixcell_min.config import Config, parse_train, read_yaml, to_yaml
-from pixcell_min.data import (batch_indices, cached_features, find_tiles, fit_tile, read_tile,
-                              split_tiles)
-from pixcell_min.images import image_grid, save_png
-from pixcell_min.lora import count_parameters, inject_lora, lora_disabled, lora_parameters
+from pixcell_min.data import cached_features, find_tiles, split_tiles
+from pixcell_min.ema import averaged, update_averages
+from pixcell_min.lora import count_parameters, inject_lora, lora_parameters
+from pixcell_min.monitor import draw_curve, draw_grid, estimate, open_tensorboard
 from pixcell_min.precision import make_deterministic
 from pixcell_min.runs import (GRID, SETTINGS, StopSignals, check_new, check_writable,
                               describe_session, kept, load_state, log, read_log, require_state,
@@ -32,17 +33,17 @@ from pixcell_min.runs import (GRID, SETTINGS, StopSignals, check_new, check_writ
                               state_files)
 from pixcell_min.tools.synthetic import SECOND, write_dataset
 from pixcell_min.training import (Progress, TrainingState, build_optimizer, build_scaler,
-                                  count_attempt, diffusion_loss, draw_batch, generator_for,
+                                  count_attempt, count_validation, diffusion_loss,
+                                  draw_micro_batches, generator_for, group_by_class,
                                   optimizer_step, rate_factor, validation_loss)
 
 PACKAGE = Path(__file__).resolve().parent / "pixcell_min"
 PROCEDURAL_TILES = 72  # 8 of each tissue
 PROCEDURAL_SEED = 10**9  # the base's pretraining used lower ones: the same tissue in another stain
 MAX_VALIDATION_TILES = 64  # spread over the held-out tiles; more would take longer than training
-GRID_STEPS = 20  # of DPM-Solver++ 2M, for the sample grid
 # Settings that a resumed run may change: they touch neither a drawn number nor a weight.
 FREE_ON_RESUME = {"out", "cache", "save_every", "validate_every", "sample_count", "guidance_scale",
-                  "keep_states"}
+                  "keep_states", "sample_every"}
 
 
 def main(argv=None) -> int:
@@ -54,7 +55,7 @@ def main(argv=None) -> int:
             require_state(Path(config.out))
             config, options = parse_train([*argv, "--config", str(Path(config.out) / SETTINGS)])
         if options.dry_run:
-            print(to_yaml(config), end="")
+            preview(config)
             return 0
         return train(config, options, ["python", "train.py", *argv])
     except (ValueError, OSError) as error:
@@ -84,31 +85,49 @@ def train(config: Config, options, command) -> int:
     training_rows = features.rows(training)
     # What a saved state must agree with to be continued.
     identity = {"base_hash": pipeline.base_hash, "dtype": str(dtype),
-                "tiles": fingerprint(features.embeddings[training_rows])}
+                "tiles": content_hash(features.embeddings[training_rows])}
+    total = total_steps(config, len(training))
+    classes = group_by_class(training) if config.class_balanced else None
+    batches_of = partial(draw_micro_batches, features, training_rows, schedule, config.batch_size,
+                         config.gradient_accumulation_steps, config.condition_dropout, classes,
+                         config.seed, pipeline.device)
     begin(run, config, options, command, identity, state, training, validation)
     validation = spread(validation, MAX_VALIDATION_TILES)
+    note = partial(log, run, open_tensorboard(run, state.progress.step))
 
     def loss_of(batch):
         return diffusion_loss(transformer, state.adapter, schedule, batch, dtype,
-                              config.loss_weighting, config.min_snr_gamma)
+                              config.loss_weighting, config.min_snr_gamma, config.vlb_weight)
 
-    def batches_of(attempt):
-        return draw_micro_batches(
-            config, features, training_rows, schedule, attempt, pipeline.device)
+    def measure():
+        return validation_loss(transformer, state.adapter, schedule, features,
+                               features.rows(validation), config.batch_size, config.seed, dtype)
 
     def validate():
-        loss = validation_loss(transformer, state.adapter, schedule, features,
-                               features.rows(validation), config.batch_size, config.seed, dtype)
-        log(run, state.progress, {"validation_loss": loss})
+        loss, bands = measure()
+        values = {"validation_loss": loss, "validation_bands": bands}
+        if state.averages:
+            with averaged(state.parameters, state.averages):
+                values["validation_loss_ema"] = measure()[0]
+        count_validation(state.progress, loss)
+        note(state.progress, values)
         tqdm.write(f"validation loss at step {state.progress.step}: {loss:.5f}")
+
+    def draw(name):
+        draw_grid(run / name, pipeline, state.adapter, features,
+                  spread(validation, config.sample_count), config.tile_fit, config.guidance_scale,
+                  config.seed)
 
     def save():
         save_state(run, identity, state, config.keep_states)
         save_shared(run, state, {"base_hash": pipeline.base_hash, "base": str(config.base)})
+        draw_curve(run)
 
     with StopSignals() as stop:
         try:
-            fit(run, config, state, loss_of, batches_of, validate, save, stop)
+            if not read_log(run):
+                validate()
+            fit(config, total, state, loss_of, batches_of, note, validate, draw, save, stop)
         except ValueError as error:
             raise ValueError(f"{error}; {kept(run)}") from None
     if stop.received:
@@ -116,7 +135,7 @@ def train(config: Config, options, command) -> int:
               f"{state.progress.step}, saved; go on with: {resume_command(run)}", file=sys.stderr)
         return 128 + stop.received
     if config.sample_count:
-        draw_grid(run, config, pipeline, state.adapter, features, validation)
+        draw(GRID)
     print(f"done: {run}\nnext: python sample.py --run {run} --image TILE --compare")
     return 0
 
@@ -139,15 +158,17 @@ def begin(run: Path, config: Config, options, command, identity, state, training
         save_shared(run, state, {"base_hash": identity["base_hash"], "base": str(config.base)})
 
 
-def fit(run: Path, config: Config, state: TrainingState, loss_of, batches_of, validate, save,
-        stop) -> None:
-    """Optimizer steps until max_train_steps are made or a signal came; then all is saved."""
-    if not read_log(run):
-        validate()
+def fit(config: Config, total: int, state: TrainingState, loss_of, batches_of, note, validate, draw,
+        save, stop) -> None:
+    """Steps until `total` are made, a signal comes or validation stops improving; then all is saved."""
     state.transformer.train(), state.adapter.train()
-    progress, total, began = state.progress, config.max_train_steps, time.monotonic()
+    progress, began = state.progress, time.monotonic()
+
+    def exhausted():
+        return 0 < config.early_stop <= progress.validations_since_best
+
     with tqdm(total=total, initial=progress.step, desc="training", unit="step") as bar:
-        while progress.step < total and not stop.received:
+        while progress.step < total and not stop.received and not exhausted():
             factor = rate_factor(progress.step, config.warmup_steps, total, config.lr_schedule)
             for group in state.optimizer.param_groups:
                 group["lr"] = factor * group["initial_lr"]
@@ -156,8 +177,10 @@ def fit(run: Path, config: Config, state: TrainingState, loss_of, batches_of, va
                 config.batch_size * config.gradient_accumulation_steps, state.optimizer,
                 state.scaler, config.max_grad_norm)
             count_attempt(state, report)
+            if state.averages and not report.skipped:
+                update_averages(state.averages, state.parameters, config.ema_decay, progress.step)
             rates = [group["lr"] for group in state.optimizer.param_groups]
-            log(run, progress, {
+            note(progress, {
                 "loss": report.loss, "grad_norm": report.grad_norm, "lora_rate": rates[0],
                 "adapter_rate": rates[1], "loss_scale": report.loss_scale,
                 "skipped": report.skipped, "skipped_so_far": progress.skipped,
@@ -172,8 +195,13 @@ def fit(run: Path, config: Config, state: TrainingState, loss_of, batches_of, va
             last = progress.step == total
             if is_due(progress.step, config.validate_every) or last:
                 validate()  # before saving: a resumed run drops what was logged after its save
-            if is_due(progress.step, config.save_every) or last:
+            if config.sample_count and is_due(progress.step, config.sample_every) and not last:
+                draw(f"samples/step-{progress.step:08d}.png")
+            if is_due(progress.step, config.save_every) or last or exhausted():
                 save()
+        if exhausted():
+            tqdm.write(f"stopped early at step {progress.step}: no lower validation loss than "
+                       f"{progress.best_loss:.5f} in {config.early_stop} validations")
         if stop.received:
             save()
 
@@ -195,9 +223,40 @@ def check_run_folder(run: Path, config: Config, options) -> None:
               f"{'; '.join(changed.values())}", file=sys.stderr)
 
 
-def make_trainable(config: Config, pipeline) -> TrainingState:
+def preview(config: Config) -> None:
+    """--dry-run: print the settings as YAML and, as its comments, what the run would take."""
+    def comment(line):
+        print("#", line)
+
+    count = len(find_tiles(config.data)) if config.data else PROCEDURAL_TILES
+    pipeline = load_pixcell_base(config.base, config.device, config.mixed_precision)
+    state = make_trainable(config, pipeline, comment)
+    held_out = min(max(round(count * config.validation_fraction), 1), count - 1)
+    steps = total_steps(config, count - held_out)
+    every = config.validate_every or steps
+    for line in estimate(
+            pipeline, state, steps, config.gradient_accumulation_steps, config.batch_size,
+            (1 + math.ceil(steps / every), min(held_out, MAX_VALIDATION_TILES)), count,
+            8 if config.dihedral else 1, config.keep_states):
+        comment(line)
+    print(to_yaml(config), end="")
+
+
+def total_steps(config: Config, num_tiles: int) -> int:
+    """How many optimizer steps the run makes with so many training tiles."""
+    if config.epochs is None:
+        return config.max_train_steps
+    return math.ceil(
+        config.epochs * num_tiles / (config.batch_size * config.gradient_accumulation_steps))
+
+
+def make_trainable(config: Config, pipeline, report=print) -> TrainingState:
     """Wrap with LoRA, make adapter and optimizer, say what is trainable. Raises: ValueError."""
     transformer = pipeline.transformer
+    shape = transformer.config
+    if config.vlb_weight and shape.out_channels != 2 * shape.in_channels:
+        raise ValueError(f"vlb_weight {config.vlb_weight:g}: {config.base} learns no variance "
+                         f"({shape.out_channels} output channels of {shape.in_channels} latents)")
     inert = set(transformer.inert_layers()) if "attn2" in config.lora_attention else set()
     inject_lora(transformer, config.lora_rank, config.lora_alpha, config.lora_target_modules,
                 config.lora_attention, config.lora_blocks, inert, config.lora_dropout,
@@ -207,18 +266,21 @@ def make_trainable(config: Config, pipeline) -> TrainingState:
     adapter.to(pipeline.device)
     transformer.gradient_checkpointing = config.gradient_checkpointing
     (lora, inside), (outside, _) = count_parameters(transformer), count_parameters(adapter)
-    print(f"trainable: LoRA {lora:,} + adapter {outside:,} = {lora + outside:,} parameters, "
-          f"{100 * (lora + outside) / (inside + outside):.2f} % of {inside + outside:,}")
+    report(f"trainable: LoRA {lora:,} + adapter {outside:,} = {lora + outside:,} parameters, "
+           f"{100 * (lora + outside) / (inside + outside):.2f} % of {inside + outside:,}")
     if inert:
-        print(f"not adapted: {len(inert)} query and key layers of cross-attention, which with one "
+        report(f"not adapted: {len(inert)} query and key layers of cross-attention, which with one "
               "condition token cannot change the image (softmax over one key is 1)")
-    print(f"device {pipeline.device}, autocast {pipeline.dtype or 'off'}, "
-          f"base {pipeline.base_hash[:12]}")
+    report(f"device {pipeline.device}, autocast {pipeline.dtype or 'off'}, "
+           f"base {pipeline.base_hash[:12]}")
     optimizer = build_optimizer(
         lora_parameters(transformer), adapter.parameters(), config.learning_rate,
         config.adapter_learning_rate, config.weight_decay)
-    return TrainingState(transformer, adapter, optimizer,
-                         build_scaler(pipeline.device, pipeline.dtype), Progress())
+    state = TrainingState(transformer, adapter, optimizer,
+                          build_scaler(pipeline.device, pipeline.dtype), Progress())
+    if config.ema_decay:
+        state.averages = [parameter.detach().clone() for parameter in state.parameters]
+    return state
 
 
 def load_features(config: Config, pipeline, tiles):
@@ -251,50 +313,15 @@ def procedural_tiles(config: Config) -> Path:
     return folder
 
 
-def draw_micro_batches(config: Config, features, rows, schedule, attempt: int, device):
-    """The batches of an attempt at a step; each depends on the seed and its own number alone."""
-    for micro in range(config.gradient_accumulation_steps):
-        micro_step = attempt * config.gradient_accumulation_steps + micro
-        generator = generator_for(config.seed, "train", micro_step)
-        # LoRA dropout draws from the global generator: seeded apart from the noise of the batch.
-        torch.manual_seed(generator_for(config.seed, "dropout", micro_step).initial_seed())
-        chosen = rows[batch_indices(len(rows), config.batch_size, micro_step, config.seed)]
-        yield draw_batch(
-            features, chosen, schedule, config.condition_dropout, generator).to(device)
-
-
 def is_due(step: int, every: int) -> bool:
     """Whether something done every `every` steps (0: never) is to be done after step `step`."""
     return every > 0 and step % every == 0
-
-
-def fingerprint(tensor) -> str:
-    """SHA-256 of a float32 CPU tensor's bytes."""
-    return hashlib.sha256(tensor.contiguous().numpy()).hexdigest()
 
 
 def spread(items: list, count: int) -> list:
     """At most `count` of a list, evenly spaced, in order."""
     count = min(count, len(items))
     return [items[i * len(items) // count] for i in range(count)]
-
-
-def draw_grid(run, config, pipeline, adapter, features, validation) -> None:
-    """samples/grid.png: held-out tiles beside what base and adapted model draw from them."""
-    pipeline.transformer.eval(), adapter.eval()
-    chosen = spread(validation, config.sample_count)  # over the classes
-    embeddings = features.embeddings[features.rows(chosen)].to(pipeline.device)
-    size = pipeline.transformer.config.sample_size * pipeline.vae.downscale
-    settings = {"num_inference_steps": GRID_STEPS, "scheduler": "dpmpp_2m", "seed": config.seed,
-                "guidance_scale": config.guidance_scale}
-    with torch.no_grad():
-        adapted = pipeline(adapter(embeddings), **settings).images
-        with lora_disabled(pipeline.transformer):
-            base = pipeline(embeddings, **settings).images
-    real = [fit_tile(read_tile(tile.path), size, config.tile_fit) for tile in chosen]
-    grid = image_grid(list(zip(real, base, adapted)), ("real, held out", "base", "adapted"))
-    save_png(run / GRID, grid,
-             {**settings, "tiles": [tile.path.name for tile in chosen]})
 
 
 if __name__ == "__main__":

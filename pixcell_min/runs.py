@@ -21,13 +21,16 @@ import torch
 
 from pixcell_min import checkpoint
 from pixcell_min.adapter import save_adapter
+from pixcell_min.ema import averaged
 from pixcell_min.lora import save_lora
 from pixcell_min.training import TrainingState
 
 RECORD, SETTINGS, TILES = "run.json", "config.yaml", "tiles.json"
 STATES, METRICS, GRID = "states", "metrics.jsonl", "samples/grid.png"
 LORA, ADAPTER = "lora_weights.safetensors", "adapter.safetensors"
-OWN_FILES = (METRICS, LORA, ADAPTER, GRID, f"{STATES}/step-*.pt")  # what --overwrite deletes
+LORA_EMA, ADAPTER_EMA = "lora_weights_ema.safetensors", "adapter_ema.safetensors"
+OWN_FILES = (METRICS, LORA, ADAPTER, LORA_EMA, ADAPTER_EMA, GRID, f"{STATES}/step-*.pt", "loss.png",
+             "samples/step-*.png", "tensorboard/events.*")  # what --overwrite deletes
 PACKAGES = ("torch", "numpy", "timm", "safetensors", "einops", "pillow")
 
 
@@ -125,8 +128,11 @@ def remove_temporary(run: Path) -> None:
 # ---------------------------------------------------------------- log
 
 
-def log(run: Path, progress, values: dict) -> None:
-    """Append a line to metrics.jsonl: steps made, attempts at steps, values. Raises: ValueError."""
+def log(run: Path, board, progress, values: dict) -> None:
+    """Append a line to metrics.jsonl: steps made, attempts at steps, values. Raises: ValueError.
+
+    board: a TensorBoard writer that gets the finite numbers too, or None.
+    """
     values = {"step": progress.step, "attempt": progress.attempt, **values}
     finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value
               for key, value in values.items()}  # JSON knows no NaN
@@ -135,6 +141,9 @@ def log(run: Path, progress, values: dict) -> None:
             file.write(json.dumps(finite) + "\n")
     except OSError as error:
         raise ValueError(f"{run / METRICS}: cannot be written ({error.strerror})") from None
+    for key, value in finite.items():
+        if board and isinstance(value, float):
+            board.add_scalar(key, value, progress.step)
 
 
 def read_log(run: Path) -> list[dict]:
@@ -213,19 +222,28 @@ def kept(run: Path) -> str:
 
 
 def save_shared(run: Path, state: TrainingState, provenance: dict) -> None:
-    """Write LoRA and adapter; their headers name base and step."""
+    """Write LoRA and adapter, and the pair of their averages; headers name base and step."""
     header = {**provenance, "step": str(state.progress.step)}
     save_lora(state.transformer, run / LORA, header)
     save_adapter(state.adapter, run / ADAPTER, header)
+    if state.averages:
+        with averaged(state.parameters, state.averages):
+            save_lora(state.transformer, run / LORA_EMA, {**header, "averaged": "true"})
+            save_adapter(state.adapter, run / ADAPTER_EMA, {**header, "averaged": "true"})
 
 
-def shared_files(run: Path) -> tuple[Path, Path]:
-    """(LoRA file, adapter file) of a run. Raises: ValueError: missing, or of different steps."""
-    paths = run / LORA, run / ADAPTER
+def shared_files(run: Path, ema: bool = False) -> tuple[Path, Path]:
+    """(LoRA file, adapter file) of a run, `ema`: of its averaged weights.
+
+    Raises: ValueError if they are missing, or of different steps.
+    """
+    paths = (run / LORA_EMA, run / ADAPTER_EMA) if ema else (run / LORA, run / ADAPTER)
+    if ema and run.is_dir() and not paths[0].exists():
+        raise ValueError(f"{run}: no {LORA_EMA}; averages are kept by train.py --ema-decay 0.999")
     steps = [checkpoint.read_tensors(path)[1].get("step") for path in paths]
     if steps[0] != steps[1]:
-        raise ValueError(f"{run}: {LORA} is of step {steps[0]}, {ADAPTER} of step {steps[1]}: the "
-                         f"run was killed while it wrote them; mend it by {resume_command(run)}")
+        raise ValueError(f"{run}: {paths[0].name} is of step {steps[0]}, {paths[1].name} of step "
+                         f"{steps[1]}: the run was killed while it wrote them; mend it by {resume_command(run)}")
     return paths
 
 

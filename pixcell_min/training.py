@@ -16,8 +16,10 @@ import torch
 import torch.nn.functional as F
 
 from pixcell_min.checkpoint import load_strict
+from pixcell_min.data import batch_indices
 from pixcell_min.lora import load_lora_state_dict, lora_state_dict
 from pixcell_min.precision import autocast
+from pixcell_min.variational import variational_bound
 
 DEBIASED_MAX = 10.0  # largest weight of an epsilon: that of SNR 0.01 (t = 674)
 VALIDATION_TIMESTEPS = 8  # per tile, one from each of that many equal ranges of t
@@ -55,6 +57,42 @@ def draw_batch(features, rows, schedule, condition_dropout: float, generator) ->
     return Batch(latents, features.embeddings[rows], noise, timesteps, dropped)
 
 
+def draw_micro_batches(features, rows, schedule, batch_size, count, condition_dropout, classes,
+                       seed, device, attempt: int):
+    """Yield the `count` batches of an attempt at a step; each depends on seed and its number alone.
+
+    rows: the unturned feature rows to train on; classes: of `group_by_class`, to draw all alike.
+    """
+    for micro_step in range(attempt * count, (attempt + 1) * count):
+        generator = generator_for(seed, "train", micro_step)
+        # LoRA dropout draws from the global generator: seeded apart from the noise of the batch.
+        torch.manual_seed(generator_for(seed, "dropout", micro_step).initial_seed())
+        chosen = (balanced_indices(classes, batch_size, micro_step, seed) if classes
+                  else batch_indices(len(rows), batch_size, micro_step, seed))
+        yield draw_batch(features, rows[chosen], schedule, condition_dropout, generator).to(device)
+
+
+def group_by_class(tiles) -> list[list[int]]:
+    """Which of the tiles make up each class, by name. Raises: ValueError for a single class."""
+    labels = [tile.label for tile in tiles]
+    if len(set(labels)) < 2:
+        raise ValueError("class-balanced sampling: expected training tiles in two class folders or "
+                         f"more, got {len(set(labels))}; leave out --class-balanced")
+    return [[i for i, its in enumerate(labels) if its == label] for label in sorted(set(labels))]
+
+
+def balanced_indices(classes, batch_size: int, micro_step: int, seed: int) -> torch.Tensor:
+    """As `batch_indices`, each class equally often: (batch_size,) int64.
+
+    An endless row of permutations of the classes; each class has an endless row of its own tiles.
+    """
+    turns = batch_indices(len(classes), batch_size, micro_step, f"{seed}/classes").tolist()
+    visits = [(micro_step * batch_size + i) // len(classes) for i in range(batch_size)]
+    return torch.tensor([
+        classes[turn][batch_indices(len(classes[turn]), 1, visit, f"{seed}/class {turn}")]
+        for turn, visit in zip(turns, visits)])
+
+
 def condition_tokens(adapter, embeddings, dropped, uncond_embedding):
     """Embeddings (B, S, E) → tokens (B, S, E): adapted, or null embedding where `dropped` (B,)."""
     return torch.where(dropped[:, None, None], uncond_embedding, adapter(embeddings))
@@ -81,11 +119,12 @@ def timestep_weights(schedule, timesteps, weighting: str, min_snr_gamma=5.0):
 
 
 def diffusion_loss(transformer, adapter, schedule, batch: Batch, dtype=None, weighting="uniform",
-                   min_snr_gamma=5.0):
+                   min_snr_gamma=5.0, vlb_weight=0.0):
     """Squared error of the predicted target per sample, (B,) float32, by `timestep_weights`.
 
     Only the forward runs in autocast `dtype`. The network's further output channels (learned
-    variance) take no part, as in the authors' LoRA training.
+    variance) take no part, as in the authors' LoRA training, unless `variational_bound` is added
+    with a vlb_weight.
     """
     device = batch.latents.device
     noisy = schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
@@ -97,7 +136,11 @@ def diffusion_loss(transformer, adapter, schedule, batch: Batch, dtype=None, wei
         output = transformer(latents=noisy, timesteps=batch.timesteps, encoder_hidden_states=tokens)
     predicted = output[:, :noisy.shape[1]].float()
     error = F.mse_loss(predicted, target, reduction="none").mean(dim=(1, 2, 3))
-    return error * timestep_weights(schedule, batch.timesteps, weighting, min_snr_gamma)
+    loss = error * timestep_weights(schedule, batch.timesteps, weighting, min_snr_gamma)
+    if vlb_weight:
+        loss = loss + vlb_weight * variational_bound(
+            schedule, output, batch.latents, noisy, batch.timesteps)
+    return loss
 
 
 def build_optimizer(lora_parameters, adapter_parameters, learning_rate, adapter_learning_rate,
@@ -141,6 +184,8 @@ class Progress:
     step: int = 0  # optimizer steps made; rates and averages follow it
     attempt: int = 0  # optimizer steps tried, the skipped ones too; the data's position follows it
     skipped_in_a_row: int = 0
+    best_loss: float = math.inf  # lowest validation loss so far
+    validations_since_best: int = 0
 
     @property
     def skipped(self) -> int:
@@ -184,6 +229,7 @@ class TrainingState:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     progress: Progress
+    averages: list[torch.Tensor] | tuple = ()  # of the parameters, in their order; empty: none
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -194,7 +240,8 @@ class TrainingState:
         """Nested dicts of CPU tensors and numbers; `load_state_dict` of it goes on bit for bit."""
         return {"progress": asdict(self.progress), "lora": lora_state_dict(self.transformer),
                 "adapter": self.adapter.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict()}
+                "scaler": self.scaler.state_dict(),
+                "averages": [average.cpu() for average in self.averages]}
 
     def load_state_dict(self, state: dict, source) -> None:
         """Put back what `state_dict` gave. Raises: ValueError if it fits another model."""
@@ -203,6 +250,15 @@ class TrainingState:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
+        for average, saved in zip(self.averages, state["averages"], strict=True):
+            average.copy_(saved)
+
+
+def count_validation(progress: Progress, loss: float) -> None:
+    """Note whether a validation loss is the lowest so far."""
+    progress.validations_since_best += 1
+    if loss < progress.best_loss:
+        progress.best_loss, progress.validations_since_best = loss, 0
 
 
 def count_attempt(state: TrainingState, report: StepReport) -> None:
@@ -230,10 +286,11 @@ def count_attempt(state: TrainingState, report: StepReport) -> None:
 
 @torch.no_grad()
 def validation_loss(transformer, adapter, schedule, features, rows, batch_size: int, seed: int,
-                    dtype=None) -> float:
-    """Mean loss over held-out feature rows (N,) at noise and timesteps fixed by the seed.
+                    dtype=None) -> tuple[float, list[float]]:
+    """(mean loss, mean of each band) over held-out feature rows (N,), at fixed noise and timesteps.
 
-    Each row is seen at VALIDATION_TIMESTEPS timesteps, one per equal range of [0, T); no dropout.
+    Each row is seen at VALIDATION_TIMESTEPS timesteps, one per band, that is per equal range of
+    [0, T), in order; no dropout. Noise and timesteps depend on the seed alone.
     """
     training = transformer.training, adapter.training
     transformer.eval(), adapter.eval()
@@ -244,11 +301,13 @@ def validation_loss(transformer, adapter, schedule, features, rows, batch_size: 
     width = schedule.num_train_timesteps / VALIDATION_TIMESTEPS
     timesteps = ((ranges + torch.rand(len(rows), generator=generator)) * width).long()
     noise = torch.randn(len(rows), *features.mean.shape[1:], generator=generator)
-    total = 0.0
+    total, bands = 0.0, torch.zeros(VALIDATION_TIMESTEPS, dtype=torch.float64)
     for part in torch.arange(len(rows)).split(batch_size):
         chosen = rows[part]
         batch = Batch(features.mean[chosen], features.embeddings[chosen], noise[part],
                       timesteps[part], torch.zeros(len(part), dtype=torch.bool)).to(device)
-        total += diffusion_loss(transformer, adapter, schedule, batch, dtype).sum().item()
+        losses = diffusion_loss(transformer, adapter, schedule, batch, dtype)
+        total += losses.sum().item()
+        bands.index_add_(0, ranges[part], losses.double().cpu())
     transformer.train(training[0]), adapter.train(training[1])
-    return total / len(rows)
+    return total / len(rows), (bands * VALIDATION_TIMESTEPS / len(rows)).tolist()

@@ -262,8 +262,8 @@ def test_held_out_tiles_are_never_trained_on(arguments, tiny_base):
     features, tiles_in, held_out = train.load_features(
         config, pipeline, find_tiles(config.data))
     assert len(tiles_in) == 6 and len(held_out) == 2 and not set(tiles_in) & set(held_out)
-    seen = torch.cat([batch.embeddings for step in range(4) for batch in train.draw_micro_batches(
-        config, features, features.rows(tiles_in), pipeline.schedule, step, "cpu")])
+    seen = torch.cat([batch.embeddings for step in range(4) for batch in training.draw_micro_batches(
+        features, features.rows(tiles_in), pipeline.schedule, 2, 2, 0.1, None, 0, "cpu", step)])
     for row in features.rows(held_out):
         for variant in range(features.variants):
             assert not (seen == features.embeddings[row + variant]).all(dim=(1, 2)).any()
@@ -477,13 +477,12 @@ def test_the_adapter_trains_in_float32_whatever_autocast_says(tiny_base):
     assert losses.dtype == torch.float32
 
 
-def test_dropout_does_not_repeat_the_noise_of_its_batch(arguments, tiny_base):
-    config = train.parse_train(arguments)[0]
+def test_dropout_does_not_repeat_the_noise_of_its_batch():
     features = type("F", (), {"draw_variants": lambda self, rows, g: rows, "embeddings": torch.zeros(
         8, 1, 16), "sample_latents": lambda self, rows, g: torch.zeros(len(rows), 16, 8, 8)})()
     global_draws = []
-    for batch in train.draw_micro_batches(config, features, torch.arange(8), NoiseSchedule.linear(),
-                                          0, "cpu"):
+    for batch in training.draw_micro_batches(
+            features, torch.arange(8), NoiseSchedule.linear(), 2, 2, 0.1, None, 0, "cpu", 0):
         global_draws.append(torch.randn(batch.noise.shape))
         assert not torch.equal(global_draws[-1], batch.noise)
     assert len(global_draws) == 2 and not torch.equal(*global_draws)  # reseeded per micro-step
