@@ -172,7 +172,7 @@ def test_resume_refuses_what_would_mix_runs(damage, arguments, tiles, tmp_path, 
 
 
 def test_a_validation_lost_to_an_interrupt_is_made_up(arguments, tmp_path, monkeypatch, capsys):
-    losses = iter([1.0])  # before the run; the next call, after its last step, is interrupted
+    losses = iter([(1.0, [1.0])])  # before the run; the next call, after its last step, is interrupted
 
     def stop_at_the_last(*args, **kwargs):
         try:
@@ -512,7 +512,7 @@ def test_validation_is_the_same_each_time_and_restores_the_mode(arguments, tiny_
 
     def measure(batch_size):
         return training.validation_loss(pipeline.transformer, adapter, pipeline.schedule, features,
-                                        features.rows(held_out), batch_size, 0)
+                                        features.rows(held_out), batch_size, 0)[0]
 
     values = {measure(size) for size in (2, 2)}
     assert len(values) == 1 and pipeline.transformer.training

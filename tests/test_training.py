@@ -75,7 +75,7 @@ def test_a_skipped_step_is_as_if_it_had_never_been(tiny_base, problem):
     assert all(torch.equal(a, b) for a, b in zip(expected, state.parameters, strict=True))
     for index, its in optimizer.state_dict()["state"].items():
         assert all(torch.equal(its[key], moments[index][key]) for key in its)
-    assert vars(state.progress) == {"step": 2, "attempt": 3, "skipped_in_a_row": 0}
+    assert state.progress == Progress(step=2, attempt=3, skipped_in_a_row=0)
     assert state.progress.skipped == 1 and state.scaler.get_scale() == 2.0**9
 
 
@@ -153,14 +153,14 @@ def test_twenty_skips_in_a_row_and_nan_weights_end_a_run_with_the_cause(problem)
 
 def test_overflow_at_the_start_costs_attempts_and_no_steps(arguments, tmp_path, monkeypatch, capsys):
     seen = overflow_at(monkeypatch)
-    assert train.main(fp16_flags(arguments, 2.0**40, monkeypatch)) == 0
+    assert train.main(fp16_flags(arguments, 2.0**34, monkeypatch)) == 0
     lines = [line for line in metrics(tmp_path / "run") if "loss" in line]
     good, skipped = ([line for line in lines if line["skipped"] is which] for which in (False, True))
     assert 3 < len(skipped) < 20 and lines[:len(skipped)] == skipped  # all at the start
     assert [line["step"] for line in good] == [1, 2, 3, 4]
     assert seen == list(range(len(lines)))  # each attempt has data of its own
     assert [line["skipped_so_far"] for line in skipped] == list(range(1, len(skipped) + 1))
-    assert [line["loss_scale"] for line in skipped] == [2.0**(39 - i) for i in range(len(skipped))]
+    assert [line["loss_scale"] for line in skipped] == [2.0**(33 - i) for i in range(len(skipped))]
     assert {line["step"] for line in skipped} == {0}
     peak = [0.01 * train.rate_factor(step, 1, 4, "cosine") for step in range(4)]
     assert [line["lora_rate"] for line in good] == peak  # rates follow the steps made
@@ -242,3 +242,71 @@ def test_rates_count_optimizer_steps_not_micro_steps(arguments, tmp_path):
     assert train.main(flags) == 0
     rates = [line["lora_rate"] for line in metrics(tmp_path / "run") if "loss" in line]
     assert rates == pytest.approx([0.005, 0.01, 0.01, 0.005], rel=1e-12)
+
+
+# --------------------------------------------------- classes, bands, epochs, stopping early
+
+def test_balanced_draws_take_every_class_equally_often_and_every_tile_of_it():
+    classes = [[0, 1, 2, 3, 4, 5, 6], [7, 8], [9]]
+    draws = torch.cat([training.balanced_indices(classes, 4, step, 3) for step in range(42)]).tolist()
+    for start in range(0, 168, 3):  # in each turn every class once
+        assert sorted(sum(i in its for its in classes[:1]) + 2 * (i == 9)
+                      for i in draws[start:start + 3]) == [0, 1, 2]
+    large = [i for i in draws if i < 7]
+    for start in range(0, 56, 7):  # each class in permutations of its own
+        assert sorted(large[start:start + 7]) == classes[0]
+    assert large[:7] != large[7:14] and len({tuple(large[i:i + 7]) for i in range(0, 56, 7)}) > 4
+    again = [training.balanced_indices(classes, 4, 5, seed).tolist() for seed in (3, 4)]
+    assert again[0] == draws[20:24] != again[1]  # any batch alone, from the seed
+
+
+def test_a_balanced_run_evens_out_its_classes_and_needs_two(arguments, tiles, tmp_path, capsys):
+    for path in sorted((tiles / "STR").iterdir())[1:]:
+        path.unlink()
+    seen, loss = [], training.draw_batch
+    flags = [*arguments, "--no-dihedral", "--class-balanced", "--max-train-steps", "3"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "draw_batch", lambda features, rows, *rest: (
+            seen.extend(features.tiles[row].label for row in rows), loss(features, rows, *rest))[1])
+        assert train.main(flags) == 0
+    assert seen.count("STR") == seen.count("TUM") == 6
+    capsys.readouterr()
+    assert train.main([*flags, "--data", str(tiles / "TUM"), "--out", str(tmp_path / "o")]) == 2
+    error = capsys.readouterr().err
+    assert "class-balanced sampling" in error and not (tmp_path / "o").exists()
+
+
+def test_bands_part_the_validation_loss_by_timestep(arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "diffusion_loss",  # the timestep itself as loss
+                        lambda *inputs: inputs[3].timesteps.float())
+    assert train.main([*arguments, "--max-train-steps", "1"]) == 0
+    line = metrics(tmp_path / "run")[0]
+    assert len(line["validation_bands"]) == 8
+    for band, mean in enumerate(line["validation_bands"]):
+        assert 125 * band <= mean < 125 * (band + 1)
+    assert sum(line["validation_bands"]) / 8 == pytest.approx(line["validation_loss"], rel=1e-6)
+
+
+def test_epochs_overrule_steps_and_are_whole_passes(arguments, tmp_path):
+    assert train.main([*arguments, "--epochs", "3"]) == 0  # 6 tiles · 3 / (2 · 2) = 4.5
+    assert metrics(tmp_path / "run")[-1]["step"] == 5
+    assert train.total_steps(train.Config(epochs=2, batch_size=4, gradient_accumulation_steps=4),
+                             72) == 9
+
+
+def test_a_run_stops_early_where_validation_no_longer_improves_and_stays_stopped(
+        arguments, tmp_path, monkeypatch, capsys):
+    losses = iter([3.0, 2.0, 2.5, 2.0, 9.0, 9.0])
+    monkeypatch.setattr(train, "validation_loss", lambda *_: (next(losses), [0.0] * 8))
+    flags = [*arguments, "--max-train-steps", "50", "--validate-every", "2", "--early-stop", "2",
+             "--save-every", "0"]
+    assert train.main(flags) == 0
+    run = tmp_path / "run"
+    assert metrics(run)[-1]["step"] == 6  # lowest at step 2, not lower at 4 and 6
+    assert "stopped early at step 6: no lower validation loss than 2.00000" in "".join(
+        capsys.readouterr())
+    assert load_object(run / "states" / "step-00000006.pt")["content"]["progress"]["best_loss"] == 2
+    before = weights(run)
+    assert train.main(["--resume", "--out", str(run)]) == 0
+    assert metrics(run)[-1]["step"] == 6
+    assert_same_weights(weights(run), before)
