@@ -18,6 +18,7 @@ from pixcell_min.data import find_tiles, fit_tile, read_tile
 from pixcell_min.images import image_grid, save_png
 from pixcell_min.lora import lora_disabled
 from pixcell_min.pipeline import GUIDANCE_SCALE
+from pixcell_min.runs import shared_files
 from pixcell_min.schedulers import SCHEDULER_NAMES
 
 
@@ -30,6 +31,8 @@ def parse_sample(argv=None):
     parser.add_argument("--base", help="base folder; default: the run's, else $PIXCELL_BASE, else nano")
     parser.add_argument("--run", type=Path,
                         help="run folder of train.py: its LoRA, adapter and base")
+    parser.add_argument("--ema", action="store_true",
+                        help="the run's averaged weights (train.py --ema-decay)")
     parser.add_argument("--lora", type=Path, help="LoRA file, instead of the run's")
     parser.add_argument("--adapter", type=Path,
                         help="adapter file (.safetensors, .pth), instead of the run's")
@@ -56,7 +59,10 @@ def parse_sample(argv=None):
     parser.add_argument("--device", type=DEVICE, default="auto",
                         help="auto: cuda where there is one, else cpu")
     parser.add_argument("--out", type=Path, default=Path("samples"), help="folder to write to")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.ema and options.run is None:
+        parser.error("--ema chooses among a run's files; give --run")
+    return options
 
 
 def main(argv=None) -> int:
@@ -135,8 +141,9 @@ def read_run(options) -> dict:
     if options.run is None:
         return {}
     settings = read_yaml(options.run / "config.yaml")
-    options.lora = options.lora or options.run / "lora_weights.safetensors"
-    options.adapter = options.adapter or options.run / "adapter.safetensors"
+    if not (options.lora and options.adapter):
+        lora, adapter = shared_files(options.run, options.ema)
+        options.lora, options.adapter = options.lora or lora, options.adapter or adapter
     return settings
 
 

@@ -7,40 +7,43 @@ Without --data it trains on procedural tiles of a second "laboratory", whose sta
 has never seen.
 """
 
-import hashlib
-import json
 import math
 import os
+import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from pixcell_min import checkpoint
-from pixcell_min.adapter import EmbeddingAdapter, save_adapter
+from pixcell_min.adapter import EmbeddingAdapter
 from pixcell_min.base import features_hash, load_pixcell_base
+from pixcell_min.checkpoint import content_hash
 from pixcell_min.config import Config, parse_train, read_yaml, to_yaml
-from pixcell_min.data import (batch_indices, cached_features, find_tiles, fit_tile, read_tile,
-                              split_tiles)
-from pixcell_min.images import image_grid, save_png
-from pixcell_min.lora import (count_parameters, inject_lora, load_lora_state_dict, lora_disabled,
-                              lora_parameters, lora_state_dict, save_lora)
+from pixcell_min.data import cached_features, find_tiles, split_tiles
+from pixcell_min.ema import averaged, update_averages
+from pixcell_min.lora import count_parameters, inject_lora, lora_parameters
+from pixcell_min.monitor import draw_curve, draw_grid, estimate, open_tensorboard
+from pixcell_min.precision import make_deterministic
+from pixcell_min.runs import (GRID, SETTINGS, StopSignals, check_new, check_writable,
+                              describe_session, kept, load_state, log, read_log, require_state,
+                              resume_command, resume_run, save_shared, save_state, start_run,
+                              state_files)
 from pixcell_min.tools.synthetic import SECOND, write_dataset
-from pixcell_min.training import (build_optimizer, build_scaler, diffusion_loss, draw_batch,
-                                  generator_for, optimizer_step, rate_factor, validation_loss)
+from pixcell_min.training import (Progress, TrainingState, build_optimizer, build_scaler,
+                                  count_attempt, count_validation, diffusion_loss,
+                                  draw_micro_batches, generator_for, group_by_class,
+                                  optimizer_step, rate_factor, validation_loss)
 
+PACKAGE = Path(__file__).resolve().parent / "pixcell_min"
 PROCEDURAL_TILES = 72  # 8 of each tissue
 PROCEDURAL_SEED = 10**9  # the base's pretraining used lower ones: the same tissue in another stain
 MAX_VALIDATION_TILES = 64  # spread over the held-out tiles; more would take longer than training
-MAX_SKIPPED_STEPS = 20  # in a row; float16 overflows now and then, not always
-GRID_STEPS = 20  # of DPM-Solver++ 2M, for the sample grid
-STATE, LORA, ADAPTER = "state.pt", "lora_weights.safetensors", "adapter.safetensors"
-SETTINGS, TILES = "config.yaml", "tiles.json"
-METRICS, GRID = "metrics.jsonl", "samples/grid.png"
 # Settings that a resumed run may change: they touch neither a drawn number nor a weight.
-FREE_ON_RESUME = {"out", "cache", "save_every", "validate_every", "sample_count", "guidance_scale"}
+FREE_ON_RESUME = {"out", "cache", "save_every", "validate_every", "sample_count", "guidance_scale",
+                  "keep_states", "sample_every"}
 
 
 def main(argv=None) -> int:
@@ -52,130 +55,208 @@ def main(argv=None) -> int:
             require_state(Path(config.out))
             config, options = parse_train([*argv, "--config", str(Path(config.out) / SETTINGS)])
         if options.dry_run:
-            print(to_yaml(config), end="")
-        else:
-            train(config, options)
+            preview(config)
+            return 0
+        return train(config, options, ["python", "train.py", *argv])
     except (ValueError, OSError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        saved = config is not None and (Path(config.out) / STATE).is_file()
-        print("train.py: interrupted" + (f"; go on from the last save: python train.py --resume "
-                                         f"--out {config.out}" if saved else " before any save"),
-              file=sys.stderr)
+        run = Path(config.out) if config else None
+        go_on = f"; {kept(run)}" if run and state_files(run) else " before any save"
+        print(f"train.py: interrupted{go_on}", file=sys.stderr)
         return 130
-    return 0
 
 
-def train(config: Config, options) -> None:
-    """One run, from tiles to a run folder. Raises: ValueError for whatever the caller can mend."""
+def train(config: Config, options, command) -> int:
+    """One run, from tiles to a run folder; → exit code: 0, or 128 + the signal that stopped it.
+
+    Raises: ValueError for whatever the caller can mend.
+    """
     run = Path(config.out)
     check_run_folder(run, config, options)
+    if config.deterministic:
+        make_deterministic()
     tiles = find_tiles(config.data or procedural_tiles(config))
     pipeline = load_pixcell_base(config.base, config.device, config.mixed_precision)
     transformer, schedule, dtype = pipeline.transformer, pipeline.schedule, pipeline.dtype
-    adapter = make_trainable(config, pipeline)
+    state = make_trainable(config, pipeline)
     features, training, validation = load_features(config, pipeline, tiles)
     training_rows = features.rows(training)
-    validation = spread(validation, MAX_VALIDATION_TILES)
-    optimizer = build_optimizer(
-        lora_parameters(transformer), adapter.parameters(), config.learning_rate,
-        config.adapter_learning_rate, config.weight_decay)
-    scaler, start, skipped = build_scaler(pipeline.device, dtype), 0, 0
     # What a saved state must agree with to be continued.
     identity = {"base_hash": pipeline.base_hash, "dtype": str(dtype),
-                "tiles": fingerprint(features.embeddings[training_rows])}
-    if options.resume:
-        start = load_state(run, identity, transformer, adapter, optimizer, scaler)
-    else:
-        make_run_folder(run, config, training, validation)
+                "tiles": content_hash(features.embeddings[training_rows])}
+    total = total_steps(config, len(training))
+    classes = group_by_class(training) if config.class_balanced else None
+    batches_of = partial(draw_micro_batches, features, training_rows, schedule, config.batch_size,
+                         config.gradient_accumulation_steps, config.condition_dropout, classes,
+                         config.seed, pipeline.device)
+    begin(run, config, options, command, identity, state, training, validation)
+    validation = spread(validation, MAX_VALIDATION_TILES)
+    note = partial(log, run, open_tensorboard(run, state.progress.step))
 
-    def validate(step):
-        loss = validation_loss(transformer, adapter, schedule, features,
+    def loss_of(batch):
+        return diffusion_loss(transformer, state.adapter, schedule, batch, dtype,
+                              config.loss_weighting, config.min_snr_gamma, config.vlb_weight)
+
+    def measure():
+        return validation_loss(transformer, state.adapter, schedule, features,
                                features.rows(validation), config.batch_size, config.seed, dtype)
-        log(run, {"step": step, "validation_loss": loss})
-        tqdm.write(f"validation loss at step {step}: {loss:.5f}")
 
-    if start == 0:
-        validate(0)
-    transformer.train(), adapter.train()
-    began = time.monotonic()
-    with tqdm(total=config.max_train_steps, initial=start, desc="training", unit="step") as bar:
-        for step in range(start, config.max_train_steps):
-            factor = rate_factor(step, config.warmup_steps, config.max_train_steps,
-                                 config.lr_schedule)
-            for group in optimizer.param_groups:
+    def validate():
+        loss, bands = measure()
+        values = {"validation_loss": loss, "validation_bands": bands}
+        if state.averages:
+            with averaged(state.parameters, state.averages):
+                values["validation_loss_ema"] = measure()[0]
+        count_validation(state.progress, loss)
+        note(state.progress, values)
+        tqdm.write(f"validation loss at step {state.progress.step}: {loss:.5f}")
+
+    def draw(name):
+        draw_grid(run / name, pipeline, state.adapter, features,
+                  spread(validation, config.sample_count), config.tile_fit, config.guidance_scale,
+                  config.seed)
+
+    def save():
+        save_state(run, identity, state, config.keep_states)
+        save_shared(run, state, {"base_hash": pipeline.base_hash, "base": str(config.base)})
+        draw_curve(run)
+
+    with StopSignals() as stop:
+        try:
+            if not read_log(run):
+                validate()
+            fit(config, total, state, loss_of, batches_of, note, validate, draw, save, stop)
+        except ValueError as error:
+            raise ValueError(f"{error}; {kept(run)}") from None
+    if stop.received:
+        print(f"train.py: stopped by {signal.Signals(stop.received).name} after step "
+              f"{state.progress.step}, saved; go on with: {resume_command(run)}", file=sys.stderr)
+        return 128 + stop.received
+    if config.sample_count:
+        draw(GRID)
+    print(f"done: {run}\nnext: python sample.py --run {run} --image TILE --compare")
+    return 0
+
+
+def begin(run: Path, config: Config, options, command, identity, state, training,
+          validation) -> None:
+    """Make the run's folder, or take it up where it was saved; either way note this session."""
+    session = describe_session(
+        command, {"base": identity["base_hash"], "embeddings": identity["tiles"]},
+        [Path(__file__), *PACKAGE.glob("*.py")], seed=config.seed,
+        precision=identity["dtype"], deterministic=config.deterministic)
+    if not options.resume:
+        start_run(run, session, to_yaml(config), training, validation)
+        save_state(run, identity, state, config.keep_states)  # so that --resume works from now on
+        return
+    note = partial(print, "train.py: note:", file=sys.stderr)
+    load_state(run, identity, state, note)
+    resume_run(run, session, to_yaml(config), state, note)
+    if state.progress.step:  # a kill between the two files may have left them of different steps
+        save_shared(run, state, {"base_hash": identity["base_hash"], "base": str(config.base)})
+
+
+def fit(config: Config, total: int, state: TrainingState, loss_of, batches_of, note, validate, draw,
+        save, stop) -> None:
+    """Steps until `total` are made, a signal comes or validation stops improving; then all is saved."""
+    state.transformer.train(), state.adapter.train()
+    progress, began = state.progress, time.monotonic()
+
+    def exhausted():
+        return 0 < config.early_stop <= progress.validations_since_best
+
+    with tqdm(total=total, initial=progress.step, desc="training", unit="step") as bar:
+        while progress.step < total and not stop.received and not exhausted():
+            factor = rate_factor(progress.step, config.warmup_steps, total, config.lr_schedule)
+            for group in state.optimizer.param_groups:
                 group["lr"] = factor * group["initial_lr"]
             report = optimizer_step(
-                lambda batch: diffusion_loss(transformer, adapter, schedule, batch, dtype,
-                                             config.loss_weighting, config.min_snr_gamma),
-                draw_micro_batches(config, features, training_rows, schedule, step, pipeline.device),
-                config.batch_size * config.gradient_accumulation_steps, optimizer, scaler,
-                config.max_grad_norm)
-            skipped = skipped + 1 if report.skipped else 0
-            if skipped == MAX_SKIPPED_STEPS:
-                raise ValueError(f"float16 overflowed in {skipped} steps in a row; the last save is "
-                                 "kept; use --mixed-precision bf16 or no, or lower rates")
-            done, rates = step + 1, [group["lr"] for group in optimizer.param_groups]
-            log(run, {"step": done, "loss": report.loss, "grad_norm": report.grad_norm,
-                      "lora_rate": rates[0], "adapter_rate": rates[1], "skipped": report.skipped,
-                      "seconds": round(time.monotonic() - began, 3)})
+                loss_of, batches_of(progress.attempt),
+                config.batch_size * config.gradient_accumulation_steps, state.optimizer,
+                state.scaler, config.max_grad_norm)
+            count_attempt(state, report)
+            if state.averages and not report.skipped:
+                update_averages(state.averages, state.parameters, config.ema_decay, progress.step)
+            rates = [group["lr"] for group in state.optimizer.param_groups]
+            note(progress, {
+                "loss": report.loss, "grad_norm": report.grad_norm, "lora_rate": rates[0],
+                "adapter_rate": rates[1], "loss_scale": report.loss_scale,
+                "skipped": report.skipped, "skipped_so_far": progress.skipped,
+                "seconds": round(time.monotonic() - began, 3)})
+            if report.skipped:
+                tqdm.write(f"step {progress.step + 1} skipped: float16 overflowed; the loss scale "
+                           f"is {report.loss_scale:g} now ({progress.skipped} skipped so far)")
+                continue
             bar.set_postfix(loss=f"{report.loss:.4f}", lora=f"{rates[0]:.1e}",
                             adapter=f"{rates[1]:.1e}")
             bar.update()
-            last = done == config.max_train_steps
-            if is_due(done, config.validate_every) or last:
-                validate(done)  # before saving: a resumed run drops what was logged after its save
-            if is_due(done, config.save_every) or last:
-                save_state(run, done, config, identity, pipeline, adapter, optimizer, scaler)
-    if config.sample_count:
-        draw_grid(run, config, pipeline, adapter, features, validation)
-    print(f"done: {run}\nnext: python sample.py --run {run} --image TILE --compare")
-
-
-def require_state(run: Path) -> None:
-    """Raises: ValueError unless there is a run to resume."""
-    if not (run / STATE).is_file():
-        raise ValueError(f"{run}: no {STATE} to resume from; start the run without --resume")
+            last = progress.step == total
+            if is_due(progress.step, config.validate_every) or last:
+                validate()  # before saving: a resumed run drops what was logged after its save
+            if config.sample_count and is_due(progress.step, config.sample_every) and not last:
+                draw(f"samples/step-{progress.step:08d}.png")
+            if is_due(progress.step, config.save_every) or last or exhausted():
+                save()
+        if exhausted():
+            tqdm.write(f"stopped early at step {progress.step}: no lower validation loss than "
+                       f"{progress.best_loss:.5f} in {config.early_stop} validations")
+        if stop.received:
+            save()
 
 
 def check_run_folder(run: Path, config: Config, options) -> None:
     """Before any loading or deleting, refuse to lose or mix up runs. Raises: ValueError."""
-    if options.resume:
-        require_state(run)
-        then = Config(**read_yaml(run / SETTINGS))
-        names = [name for name in vars(config) if name not in FREE_ON_RESUME]
-        changed = [f"{name} {getattr(then, name)} → {getattr(config, name)}" for name in names
-                   if getattr(then, name) != getattr(config, name)]
-        if changed:
-            raise ValueError(f"{run}: cannot resume with other settings: {'; '.join(changed)}")
-    elif run.is_file() or (run.is_dir() and any(run.iterdir())):
-        if not options.overwrite:
-            raise ValueError(f"{run}: exists; go on with --resume, replace it with --overwrite, "
-                             "or choose another --out")
-        if not ((run / SETTINGS).is_file() and (run / METRICS).is_file()):
-            raise ValueError(f"{run}: holds no {SETTINGS} and {METRICS}, so it is no run; "
-                             "--overwrite replaces runs only")
+    if not options.resume:
+        check_new(run, options.overwrite)
+        return
+    require_state(run)
+    check_writable(run)
+    then = Config(**read_yaml(run / SETTINGS))
+    changed = {name: f"{name} {getattr(then, name)} → {getattr(config, name)}"
+               for name in vars(config) if getattr(then, name) != getattr(config, name)}
+    if refused := [line for name, line in changed.items() if name not in FREE_ON_RESUME]:
+        raise ValueError(f"{run}: cannot resume with other settings: {'; '.join(refused)}")
+    if changed:
+        print(f"train.py: note: other settings, of no effect on the result: "
+              f"{'; '.join(changed.values())}", file=sys.stderr)
 
 
-def make_run_folder(run: Path, config: Config, training, validation) -> None:
-    """Settings and tiles; --overwrite deletes a run's own files, now that base and tiles are good.
+def preview(config: Config) -> None:
+    """--dry-run: print the settings as YAML and, as its comments, what the run would take."""
+    def comment(line):
+        print("#", line)
 
-    tiles.json names what was trained on and what held out, by path and SHA-256, so that whoever
-    measures the run can keep apart what it has seen.
-    """
-    for name in (STATE, LORA, ADAPTER, METRICS, GRID):
-        (run / name).unlink(missing_ok=True)
-    checkpoint.write_text(run / SETTINGS, to_yaml(config))
-    checkpoint.write_text(run / TILES, json.dumps(
-        {name: [{"path": str(tile.path.resolve()), "hash": checkpoint.file_hash(tile.path)}
-                for tile in tiles]
-         for name, tiles in (("training", training), ("validation", validation))}, indent=1))
+    count = len(find_tiles(config.data)) if config.data else PROCEDURAL_TILES
+    pipeline = load_pixcell_base(config.base, config.device, config.mixed_precision)
+    state = make_trainable(config, pipeline, comment)
+    held_out = min(max(round(count * config.validation_fraction), 1), count - 1)
+    steps = total_steps(config, count - held_out)
+    every = config.validate_every or steps
+    for line in estimate(
+            pipeline, state, steps, config.gradient_accumulation_steps, config.batch_size,
+            (1 + math.ceil(steps / every), min(held_out, MAX_VALIDATION_TILES)), count,
+            8 if config.dihedral else 1, config.keep_states):
+        comment(line)
+    print(to_yaml(config), end="")
 
 
-def make_trainable(config: Config, pipeline) -> EmbeddingAdapter:
-    """Wrap with LoRA, make the adapter, say what is trainable. Raises: ValueError: bad targets."""
+def total_steps(config: Config, num_tiles: int) -> int:
+    """How many optimizer steps the run makes with so many training tiles."""
+    if config.epochs is None:
+        return config.max_train_steps
+    return math.ceil(
+        config.epochs * num_tiles / (config.batch_size * config.gradient_accumulation_steps))
+
+
+def make_trainable(config: Config, pipeline, report=print) -> TrainingState:
+    """Wrap with LoRA, make adapter and optimizer, say what is trainable. Raises: ValueError."""
     transformer = pipeline.transformer
+    shape = transformer.config
+    if config.vlb_weight and shape.out_channels != 2 * shape.in_channels:
+        raise ValueError(f"vlb_weight {config.vlb_weight:g}: {config.base} learns no variance "
+                         f"({shape.out_channels} output channels of {shape.in_channels} latents)")
     inert = set(transformer.inert_layers()) if "attn2" in config.lora_attention else set()
     inject_lora(transformer, config.lora_rank, config.lora_alpha, config.lora_target_modules,
                 config.lora_attention, config.lora_blocks, inert, config.lora_dropout,
@@ -185,14 +266,21 @@ def make_trainable(config: Config, pipeline) -> EmbeddingAdapter:
     adapter.to(pipeline.device)
     transformer.gradient_checkpointing = config.gradient_checkpointing
     (lora, inside), (outside, _) = count_parameters(transformer), count_parameters(adapter)
-    print(f"trainable: LoRA {lora:,} + adapter {outside:,} = {lora + outside:,} parameters, "
-          f"{100 * (lora + outside) / (inside + outside):.2f} % of {inside + outside:,}")
+    report(f"trainable: LoRA {lora:,} + adapter {outside:,} = {lora + outside:,} parameters, "
+           f"{100 * (lora + outside) / (inside + outside):.2f} % of {inside + outside:,}")
     if inert:
-        print(f"not adapted: {len(inert)} query and key layers of cross-attention, which with one "
+        report(f"not adapted: {len(inert)} query and key layers of cross-attention, which with one "
               "condition token cannot change the image (softmax over one key is 1)")
-    print(f"device {pipeline.device}, autocast {pipeline.dtype or 'off'}, "
-          f"base {pipeline.base_hash[:12]}")
-    return adapter
+    report(f"device {pipeline.device}, autocast {pipeline.dtype or 'off'}, "
+           f"base {pipeline.base_hash[:12]}")
+    optimizer = build_optimizer(
+        lora_parameters(transformer), adapter.parameters(), config.learning_rate,
+        config.adapter_learning_rate, config.weight_decay)
+    state = TrainingState(transformer, adapter, optimizer,
+                          build_scaler(pipeline.device, pipeline.dtype), Progress())
+    if config.ema_decay:
+        state.averages = [parameter.detach().clone() for parameter in state.parameters]
+    return state
 
 
 def load_features(config: Config, pipeline, tiles):
@@ -225,97 +313,15 @@ def procedural_tiles(config: Config) -> Path:
     return folder
 
 
-def draw_micro_batches(config: Config, features, rows, schedule, step: int, device):
-    """The batches of optimizer step `step`; each depends on the seed and its own number alone."""
-    for micro in range(config.gradient_accumulation_steps):
-        micro_step = step * config.gradient_accumulation_steps + micro
-        generator = generator_for(config.seed, "train", micro_step)
-        # LoRA dropout draws from the global generator: seeded apart from the noise of the batch.
-        torch.manual_seed(generator_for(config.seed, "dropout", micro_step).initial_seed())
-        chosen = rows[batch_indices(len(rows), config.batch_size, micro_step, config.seed)]
-        yield draw_batch(
-            features, chosen, schedule, config.condition_dropout, generator).to(device)
-
-
 def is_due(step: int, every: int) -> bool:
     """Whether something done every `every` steps (0: never) is to be done after step `step`."""
     return every > 0 and step % every == 0
-
-
-def log(run: Path, values: dict) -> None:
-    """Append a line to metrics.jsonl."""
-    with open(run / METRICS, "a", encoding="utf-8") as file:
-        finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value
-                  for key, value in values.items()}  # JSON knows no NaN
-        file.write(json.dumps(finite) + "\n")
-
-
-def fingerprint(tensor) -> str:
-    """SHA-256 of a float32 CPU tensor's bytes."""
-    return hashlib.sha256(tensor.contiguous().numpy()).hexdigest()
 
 
 def spread(items: list, count: int) -> list:
     """At most `count` of a list, evenly spaced, in order."""
     count = min(count, len(items))
     return [items[i * len(items) // count] for i in range(count)]
-
-
-def save_state(run, step, config, identity, pipeline, adapter, optimizer, scaler) -> None:
-    """Write the two files to share, then the state to resume from, each whole or not at all."""
-    provenance = {"base_hash": pipeline.base_hash, "base": str(config.base), "step": str(step)}
-    save_lora(pipeline.transformer, run / LORA, provenance)
-    save_adapter(adapter, run / ADAPTER, provenance)
-    checkpoint.save_object(run / STATE, {
-        **identity, "step": step, "lora": lora_state_dict(pipeline.transformer),
-        "adapter": adapter.state_dict(), "optimizer": optimizer.state_dict(),
-        "scaler": scaler.state_dict()})
-
-
-def load_state(run, identity, transformer, adapter, optimizer, scaler) -> int:
-    """Put a saved state back; → optimizer steps done. Raises: ValueError if it does not fit."""
-    state = checkpoint.load_object(run / STATE)
-    expected = {*identity, "step", "lora", "adapter", "optimizer", "scaler"}
-    if not isinstance(state, dict) or state.keys() != expected:
-        raise ValueError(f"{run / STATE}: not the state of a run; expected {sorted(expected)}")
-    for key, value in identity.items():
-        if state[key] != value:
-            raise ValueError(f"{run}: cannot resume: {key} was {state[key]}, is {value}")
-    kept = logged_until(run, state["step"])
-    load_lora_state_dict(transformer, state["lora"], run / STATE)
-    checkpoint.load_strict(adapter, state["adapter"], run / STATE)
-    optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
-    checkpoint.write_text(run / METRICS, kept)
-    return state["step"]
-
-
-def logged_until(run: Path, step: int) -> str:
-    """The lines of metrics.jsonl up to a step; later ones are logged again. Raises: ValueError."""
-    lines = checkpoint.read_text(run / METRICS).splitlines(keepends=True)
-    try:
-        return "".join(line for line in lines
-                       if line.endswith("\n") and json.loads(line)["step"] <= step)
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{run / METRICS}: a line is no log entry; mend or remove it") from None
-
-
-def draw_grid(run, config, pipeline, adapter, features, validation) -> None:
-    """samples/grid.png: held-out tiles beside what base and adapted model draw from them."""
-    pipeline.transformer.eval(), adapter.eval()
-    chosen = spread(validation, config.sample_count)  # over the classes
-    embeddings = features.embeddings[features.rows(chosen)].to(pipeline.device)
-    size = pipeline.transformer.config.sample_size * pipeline.vae.downscale
-    settings = {"num_inference_steps": GRID_STEPS, "scheduler": "dpmpp_2m", "seed": config.seed,
-                "guidance_scale": config.guidance_scale}
-    with torch.no_grad():
-        adapted = pipeline(adapter(embeddings), **settings).images
-        with lora_disabled(pipeline.transformer):
-            base = pipeline(embeddings, **settings).images
-    real = [fit_tile(read_tile(tile.path), size, config.tile_fit) for tile in chosen]
-    grid = image_grid(list(zip(real, base, adapted)), ("real, held out", "base", "adapted"))
-    save_png(run / GRID, grid,
-             {**settings, "tiles": [tile.path.name for tile in chosen]})
 
 
 if __name__ == "__main__":

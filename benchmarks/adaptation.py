@@ -93,7 +93,7 @@ def run(work, name, seed, options) -> None:
     folder, images = folder_of(work, name, seed), Path("evaluation/images/base")
     if (folder / "evaluation/report.json").exists():
         return
-    started = ["--resume"] if (folder / "state.pt").exists() else ["--overwrite"]
+    started = ["--resume"] if any(folder.glob("states/step-*.pt")) else ["--overwrite"]
     call([sys.executable, "train.py", "--data", str(options.data), "--out", str(folder),
           "--seed", str(seed), "--cache", str(work.parent / "cache"), "--validation-fraction", "0.5",
           "--sample-count", "0", *options.train.split(), *VARIANTS[name], *started],

@@ -24,6 +24,7 @@ PICKLE_SUFFIXES = (".bin", ".pth", ".pt")
 # All that torch.load was seen to raise when files were cut or their bytes flipped.
 BROKEN_PICKLE = (pickle.UnpicklingError, struct.error, AssertionError, AttributeError, EOFError,
                  LookupError, OSError, RuntimeError, TypeError, ValueError)
+STATE_FORMAT = 2  # raise it whenever a state would be continued otherwise than it was begun
 MAX_NAMED_KEYS = 3  # an error line names this many keys of each kind and counts the rest
 
 
@@ -154,12 +155,25 @@ def save_tensors(path, tensors: dict[str, torch.Tensor],
     path = Path(path)
     plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     if path.suffix == ".safetensors":
-        _replace(path, lambda temporary: save_file(
-            plain, temporary, metadata={"format": "pt", **(metadata or {})}))
+        def write(temporary):
+            save_file(plain, temporary, metadata={"format": "pt", **(metadata or {})})
+            _sort_header(temporary)
+        _replace(path, write)
     elif path.suffix in PICKLE_SUFFIXES:
         _replace(path, lambda temporary: torch.save(plain, temporary))
     else:
         raise ValueError(f"{path}: unknown ending {path.suffix!r}; expected .safetensors or .pth")
+
+
+def _sort_header(path):
+    """Order a safetensors file's header, whose metadata safetensors itself writes in random order."""
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.dumps(json.loads(file.read(size)), sort_keys=True, ensure_ascii=False,
+                            separators=(",", ":")).encode()
+        assert len(header) <= size, f"{path}: header grew"  # same texts: only their order changes
+        file.seek(8)
+        file.write(header.ljust(size))
 
 
 def save_object(path, content) -> None:
@@ -176,6 +190,82 @@ def load_object(path) -> dict:
     except BROKEN_PICKLE:
         raise ValueError(
             f"{path}: truncated or not a saved run state; it cannot be resumed") from None
+
+
+def state_files(folder) -> list[Path]:
+    """The states that `save_state` wrote, the newest first."""
+    return sorted(Path(folder).glob("step-*.pt"), reverse=True)
+
+
+def state_step(path: Path) -> int:
+    """The step that a state's file name tells."""
+    return int(path.stem.removeprefix("step-"))
+
+
+def save_state(folder, step: int, content: dict, keep: int) -> None:
+    """Write a run's state atomically, then delete all but the `keep` newest up to it.
+
+    Raises: ValueError, with the earlier states intact, if it cannot be written.
+    """
+    path = Path(folder) / f"step-{step:08d}.pt"
+    save_object(path, {"format": STATE_FORMAT, "hash": content_hash(content), "content": content})
+    # A later one that could not be read stays for whoever can, and counts for none of ours.
+    for old in [file for file in state_files(folder) if file.name <= path.name][keep:]:
+        old.unlink()
+
+
+def load_newest_state(folder, keys: set) -> tuple[dict, Path, list]:
+    """(content, its file, [(newer file, why it was passed over)]) of the newest intact state.
+
+    Raises: ValueError if no state is intact, of this code's format and with these keys.
+    """
+    failures = []
+    for path in state_files(folder):
+        try:
+            return _read_state(path, keys), path, failures
+        except ValueError as error:
+            failures.append((path, error))
+    raise ValueError(f"{failures[0][1] if failures else folder}; no state here can be read: start "
+                     "again with --overwrite")
+
+
+def _read_state(path, keys):
+    saved = load_object(path)
+    if not isinstance(saved, dict) or "format" not in saved:
+        raise ValueError(f"{path}: not the state of a run")
+    if saved["format"] != STATE_FORMAT:
+        raise ValueError(f"{path}: saved by another version of this code, in format "
+                         f"{saved['format']}; this one reads format {STATE_FORMAT}")
+    content = saved.get("content")
+    if content_hash(content) != saved.get("hash"):  # torch.load itself checks no checksum
+        raise ValueError(f"{path}: damaged, its contents do not fit its checksum")
+    if not isinstance(content, dict) or content.keys() != keys:
+        raise ValueError(f"{path}: not the state of such a run; expected {sorted(keys)}")
+    return content
+
+
+def content_hash(content) -> str:
+    """SHA-256 of nested dicts, lists, tensors, numbers and texts."""
+    digest = hashlib.sha256()
+
+    def add(value):
+        if isinstance(value, torch.Tensor):
+            digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        elif isinstance(value, dict):
+            digest.update(b"{")
+            for key, item in value.items():
+                digest.update(repr(key).encode())
+                add(item)
+        elif isinstance(value, list | tuple):
+            digest.update(b"[")
+            for item in value:
+                add(item)
+        else:
+            digest.update(repr(value).encode() + b";")
+
+    add(content)
+    return digest.hexdigest()
 
 
 def write_bytes(path, content: bytes) -> None:
@@ -201,12 +291,23 @@ def _replace(path: Path, write) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp makes private files; a run's are meant to be shared
         os.replace(temporary, path)
+        _flush_folder(path.parent)
     except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: torch.save, disk full
         raise ValueError(
             f"{path}: cannot be written ({error}); free space or choose another folder") from None
     finally:
         if temporary and os.path.exists(temporary):
             os.unlink(temporary)
+
+
+def _flush_folder(folder):
+    """Make a rename in it outlast a power cut; folders can be opened for that on POSIX alone."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def file_hash(path) -> str:

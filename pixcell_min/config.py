@@ -106,6 +106,8 @@ positive_int, nonnegative_int = integer(1), integer(0)
 positive_float, nonnegative_float = number(0, above=True), number(0)
 fraction = number(0, 1)
 DROPOUT, SHARE = number(0, 1, below=True), number(0, 1, above=True, below=True)
+INT_OR_NULL = Check("null or an integer >= 1", int,
+                    lambda v: None if v is None else positive_int.accept(v))
 SEED, BLOCK = integer(0, 2**63 - 1), integer(0, 999)  # 999: "0-9999999999" would fill memory
 TEXT = Check("text", str, lambda v: _keep(v, isinstance(v, str) and v.strip()))
 TEXT_OR_NULL = Check("text or null", str, lambda v: None if v is None else TEXT.accept(v))
@@ -154,6 +156,10 @@ class Config:
         "cosine", one_of("cosine", "constant"), "name", "both rates after the warm-up")
     warmup_steps: int = _setting(20, nonnegative_int, "steps", "linear rise of both rates")
     max_train_steps: int = _setting(300, positive_int, "steps", "optimizer steps of the run")
+    epochs: int | None = _setting(
+        None, INT_OR_NULL, "passes", "over the training tiles; overrules max_train_steps")
+    early_stop: int = _setting(
+        0, nonnegative_int, "validations", "without a new lowest loss that end a run; 0: never")
     batch_size: int = _setting(4, positive_int, "tiles", "size of a micro-batch")
     gradient_accumulation_steps: int = _setting(4, positive_int, "micro-batches", "in each step")
     mixed_precision: str = _setting(
@@ -166,12 +172,20 @@ class Config:
         "of timesteps: 1, min(SNR, gamma)/SNR, SNR^-0.5")
     min_snr_gamma: float = _setting(
         5.0, positive_float, "factor", "min_snr's: an error of x0 counts so often at most")
+    vlb_weight: float = _setting(
+        0.0, nonnegative_float, "factor", "of the learned variance's bound (0.001 usual); 0: none")
+    class_balanced: bool = _setting(False, FLAG, "switch", "draw every class equally often")
+    ema_decay: float = _setting(
+        0.0, DROPOUT, "factor", "also keep averaged weights (0.999 usual); 0: none")
     seed: int = _setting(0, SEED, "number", "start of every random draw")
     save_every: int = _setting(100, nonnegative_int, "steps", "between saves; 0: at the end only")
+    keep_states: int = _setting(2, integer(2), "states", "newest saved states that are kept")
     validate_every: int = _setting(
         100, nonnegative_int, "steps", "between validations; 0: before and after only")
     validation_fraction: float = _setting(0.1, SHARE, "share", "tiles held out, of every class")
     sample_count: int = _setting(4, nonnegative_int, "tiles", "in the sample grid; 0: no grid")
+    sample_every: int = _setting(
+        0, nonnegative_int, "steps", "between sample grids; 0: at the end only")
     guidance_scale: float = _setting(
         1.5, nonnegative_float, "factor", "guidance of the sample grid; 1: none")
     tile_fit: str = _setting(
@@ -180,6 +194,7 @@ class Config:
     strict_data: bool = _setting(False, FLAG, "switch", "stop at an unreadable tile, else skip it")
     dihedral: bool = _setting(True, FLAG, "switch", "train on all 8 turns and mirrorings")
     gradient_checkpointing: bool = _setting(False, FLAG, "switch", "less memory for more time")
+    deterministic: bool = _setting(False, FLAG, "switch", "refuse what two runs may round apart")
     device: str = _setting("auto", DEVICE, "name", "auto: cuda where there is one, else cpu")
 
     def __post_init__(self):

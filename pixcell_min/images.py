@@ -1,4 +1,4 @@
-"""Pictures for people: a captioned grid of tiles, and PNG files that carry their settings."""
+"""Pictures for people: grids of tiles, curves, and PNG files that carry their settings."""
 
 import io
 import json
@@ -30,6 +30,49 @@ def image_grid(rows, captions) -> Image.Image:
         for row, images in enumerate(rows):
             grid.paste(images[column], (column * width, row * height + CAPTION_HEIGHT))
     return grid
+
+
+def curve_panel(title, curves, ink, width, height, *, low=None, high=None, base=None, filled=(),
+                legend=False) -> Image.Image:
+    """Lines {name: [(x, y), …]} over a common range of x, in colours {name: ink}, as a picture.
+
+    low, high: the x of its left and right end (default: of the points); base: the y of its lower
+    edge (default: the lowest; then the y at both edges are written); filled: names of areas.
+    """
+    scale = 2  # drawn larger, then shrunk
+    panel = Image.new("RGB", (width * scale, height * scale), "white")
+    draw, font = ImageDraw.Draw(panel), ImageFont.load_default(14 * scale)
+    left, top, right, bottom = (scale * x for x in (24, 34, width - 20, height - 30))
+    draw.text(((left + right) // 2, top // 2), title, "black", font, anchor="mm")
+    draw.line((left, bottom, right, bottom), "#999999", scale)
+    if curves:
+        xs, ys = zip(*(point for points in curves.values() for point in points))
+        low, high = min(xs) if low is None else low, max(xs) if high is None else high
+        edge, peak = min(ys) if base is None else base, max(ys)
+        wide, tall = (high - low) or 1, (peak - edge) or 1
+        for name, points in curves.items():
+            points = [(left + (x - low) / wide * (right - left),
+                       bottom - (y - edge) / tall * (bottom - top)) for x, y in points]
+            if name in filled:
+                draw.polygon([(points[0][0], bottom), *points, (points[-1][0], bottom)], "#e4e4e4")
+            draw.line(points, ink[name], 2 * scale, joint="curve")
+        for x, value, anchor in ((left, low, "lt"), (right, high, "rt")):
+            draw.text((x, bottom + 5 * scale), f"{value:.3g}", "#555555", font, anchor=anchor)
+        if base is None:
+            for y, value, anchor in ((top, peak, "lt"), (bottom, edge, "lb")):
+                draw.text((left, y), f"{value:.3g}", "#555555", font, anchor=anchor)
+        for row, name in enumerate(curves if legend else ()):
+            y = top + (8 + 18 * row) * scale
+            draw.line((right - 30 * scale, y, right, y), ink[name], 3 * scale)
+            draw.text((right - 36 * scale, y), name, "black", font, anchor="rm")
+    return panel.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """The image as a PNG file's content, made small."""
+    content = io.BytesIO()
+    image.save(content, "PNG", optimize=True)
+    return content.getvalue()
 
 
 def save_png(path, image: Image.Image, settings: dict) -> None:

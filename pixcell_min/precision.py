@@ -4,6 +4,8 @@ Weights, LoRA, adapter, schedule, loss and latents stay float32: autocast wraps 
 forward alone.
 """
 
+import os
+
 import torch
 
 DTYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -44,3 +46,10 @@ def choose_dtype(mixed_precision: str, device: torch.device) -> torch.dtype | No
 def autocast(device: torch.device, dtype: torch.dtype | None):
     """Context in which matrix products run in `dtype`; with None it changes nothing."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def make_deterministic() -> None:
+    """From now on an operation that two runs may round apart raises, in the whole process."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at cuBLAS's first product
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False

@@ -1,7 +1,8 @@
 """One optimizer step: diffusion loss, autocast, GradScaler, accumulation, clipping; validation.
 
 Takes models and schedule as arguments. All randomness of micro-step k comes from a generator made
-of (seed, k), so a resumed run draws what an uninterrupted one would have drawn.
+of (seed, k), so a resumed run draws what an uninterrupted one would have drawn. A step that float16
+overflow voids is an attempt: it uses up its data, but is no step for rates, averages or counts.
     t ~ U{0…T−1},  ε ~ N(0, I),  x_t = √ᾱ_t·x0 + √(1−ᾱ_t)·ε
     loss = mean (ε_θ(x_t, t, c) − ε)²                              Ho et al. 2020, eq. 14
     c = adapter(embedding), or with probability p the null embedding, which bypasses the adapter
@@ -9,15 +10,20 @@ of (seed, k), so a resumed run draws what an uninterrupted one would have drawn.
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
 
+from pixcell_min.checkpoint import load_strict
+from pixcell_min.data import batch_indices
+from pixcell_min.lora import load_lora_state_dict, lora_state_dict
 from pixcell_min.precision import autocast
+from pixcell_min.variational import variational_bound
 
 DEBIASED_MAX = 10.0  # largest weight of an epsilon: that of SNR 0.01 (t = 674)
 VALIDATION_TIMESTEPS = 8  # per tile, one from each of that many equal ranges of t
+MAX_SKIPPED_STEPS = 20  # in a row; float16 overflows now and then, not always
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,42 @@ def draw_batch(features, rows, schedule, condition_dropout: float, generator) ->
     return Batch(latents, features.embeddings[rows], noise, timesteps, dropped)
 
 
+def draw_micro_batches(features, rows, schedule, batch_size, count, condition_dropout, classes,
+                       seed, device, attempt: int):
+    """Yield the `count` batches of an attempt at a step; each depends on seed and its number alone.
+
+    rows: the unturned feature rows to train on; classes: of `group_by_class`, to draw all alike.
+    """
+    for micro_step in range(attempt * count, (attempt + 1) * count):
+        generator = generator_for(seed, "train", micro_step)
+        # LoRA dropout draws from the global generator: seeded apart from the noise of the batch.
+        torch.manual_seed(generator_for(seed, "dropout", micro_step).initial_seed())
+        chosen = (balanced_indices(classes, batch_size, micro_step, seed) if classes
+                  else batch_indices(len(rows), batch_size, micro_step, seed))
+        yield draw_batch(features, rows[chosen], schedule, condition_dropout, generator).to(device)
+
+
+def group_by_class(tiles) -> list[list[int]]:
+    """Which of the tiles make up each class, by name. Raises: ValueError for a single class."""
+    labels = [tile.label for tile in tiles]
+    if len(set(labels)) < 2:
+        raise ValueError("class-balanced sampling: expected training tiles in two class folders or "
+                         f"more, got {len(set(labels))}; leave out --class-balanced")
+    return [[i for i, its in enumerate(labels) if its == label] for label in sorted(set(labels))]
+
+
+def balanced_indices(classes, batch_size: int, micro_step: int, seed: int) -> torch.Tensor:
+    """As `batch_indices`, each class equally often: (batch_size,) int64.
+
+    An endless row of permutations of the classes; each class has an endless row of its own tiles.
+    """
+    turns = batch_indices(len(classes), batch_size, micro_step, f"{seed}/classes").tolist()
+    visits = [(micro_step * batch_size + i) // len(classes) for i in range(batch_size)]
+    return torch.tensor([
+        classes[turn][batch_indices(len(classes[turn]), 1, visit, f"{seed}/class {turn}")]
+        for turn, visit in zip(turns, visits)])
+
+
 def condition_tokens(adapter, embeddings, dropped, uncond_embedding):
     """Embeddings (B, S, E) → tokens (B, S, E): adapted, or null embedding where `dropped` (B,)."""
     return torch.where(dropped[:, None, None], uncond_embedding, adapter(embeddings))
@@ -77,11 +119,12 @@ def timestep_weights(schedule, timesteps, weighting: str, min_snr_gamma=5.0):
 
 
 def diffusion_loss(transformer, adapter, schedule, batch: Batch, dtype=None, weighting="uniform",
-                   min_snr_gamma=5.0):
+                   min_snr_gamma=5.0, vlb_weight=0.0):
     """Squared error of the predicted target per sample, (B,) float32, by `timestep_weights`.
 
     Only the forward runs in autocast `dtype`. The network's further output channels (learned
-    variance) take no part, as in the authors' LoRA training.
+    variance) take no part, as in the authors' LoRA training, unless `variational_bound` is added
+    with a vlb_weight.
     """
     device = batch.latents.device
     noisy = schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
@@ -93,7 +136,11 @@ def diffusion_loss(transformer, adapter, schedule, batch: Batch, dtype=None, wei
         output = transformer(latents=noisy, timesteps=batch.timesteps, encoder_hidden_states=tokens)
     predicted = output[:, :noisy.shape[1]].float()
     error = F.mse_loss(predicted, target, reduction="none").mean(dim=(1, 2, 3))
-    return error * timestep_weights(schedule, batch.timesteps, weighting, min_snr_gamma)
+    loss = error * timestep_weights(schedule, batch.timesteps, weighting, min_snr_gamma)
+    if vlb_weight:
+        loss = loss + vlb_weight * variational_bound(
+            schedule, output, batch.latents, noisy, batch.timesteps)
+    return loss
 
 
 def build_optimizer(lora_parameters, adapter_parameters, learning_rate, adapter_learning_rate,
@@ -127,6 +174,23 @@ class StepReport:
     loss: float  # mean over all samples of the step
     grad_norm: float  # L2, before clipping; not finite in a skipped step
     skipped: bool  # float16 overflowed: no weight changed, the scale was lowered
+    loss_scale: float = 1.0  # by which the next step's loss is multiplied, in float16
+
+
+@dataclass
+class Progress:
+    """How far a run is; saved with its weights."""
+
+    step: int = 0  # optimizer steps made; rates and averages follow it
+    attempt: int = 0  # optimizer steps tried, the skipped ones too; the data's position follows it
+    skipped_in_a_row: int = 0
+    best_loss: float = math.inf  # lowest validation loss so far
+    validations_since_best: int = 0
+
+    @property
+    def skipped(self) -> int:
+        """Optimizer steps skipped since the run began."""
+        return self.attempt - self.step
 
 
 def optimizer_step(loss_of, batches, num_samples, optimizer, scaler,
@@ -134,8 +198,8 @@ def optimizer_step(loss_of, batches, num_samples, optimizer, scaler,
     """One optimizer step from micro-batches: gradients of the mean over all `num_samples` samples.
 
     loss_of: Batch → per-sample losses (B,); batches, perhaps of different sizes, are drawn one by
-    one. Gradients are unscaled before they are clipped. Raises: ValueError for a gradient that is
-    not finite without a scaler to skip it; no weight has changed then.
+    one. Gradients are unscaled before they are clipped. A gradient that is not finite changes no
+    weight: the scaler skips the step. Raises: ValueError where there is none, in float32 or bf16.
     """
     total = 0.0
     optimizer.zero_grad(set_to_none=True)
@@ -146,20 +210,87 @@ def optimizer_step(loss_of, batches, num_samples, optimizer, scaler,
     scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
-    if not scaler.is_enabled() and not math.isfinite(norm):
+    skipped = not math.isfinite(norm)
+    if skipped and not scaler.is_enabled():
         raise ValueError(f"the gradient is not finite (loss {total}); "
                          "lower the learning rate or check the tiles")
-    scaler.step(optimizer)
+    if not skipped:  # one judge: clipping by an infinite norm would make finite gradients zero
+        scaler.step(optimizer)
     scaler.update()
-    return StepReport(total, norm, skipped=not math.isfinite(norm))
+    return StepReport(total, norm, skipped, scaler.get_scale())
+
+
+@dataclass
+class TrainingState:
+    """All that a step changes: what a resumed run needs, what is saved."""
+
+    transformer: torch.nn.Module  # with LoRA
+    adapter: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    progress: Progress
+    averages: list[torch.Tensor] | tuple = ()  # of the parameters, in their order; empty: none
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """The trained ones, in the optimizer's order: LoRA's, then the adapter's."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def state_dict(self) -> dict:
+        """Nested dicts of CPU tensors and numbers; `load_state_dict` of it goes on bit for bit."""
+        return {"progress": asdict(self.progress), "lora": lora_state_dict(self.transformer),
+                "adapter": self.adapter.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "averages": [average.cpu() for average in self.averages]}
+
+    def load_state_dict(self, state: dict, source) -> None:
+        """Put back what `state_dict` gave. Raises: ValueError if it fits another model."""
+        load_lora_state_dict(self.transformer, state["lora"], source)
+        load_strict(self.adapter, state["adapter"], source)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.progress = Progress(**state["progress"])
+        for average, saved in zip(self.averages, state["averages"], strict=True):
+            average.copy_(saved)
+
+
+def count_validation(progress: Progress, loss: float) -> None:
+    """Note whether a validation loss is the lowest so far."""
+    progress.validations_since_best += 1
+    if loss < progress.best_loss:
+        progress.best_loss, progress.validations_since_best = loss, 0
+
+
+def count_attempt(state: TrainingState, report: StepReport) -> None:
+    """Count a step, or a skipped one. Raises: ValueError where a run cannot go on, with the cause.
+
+    The causes: MAX_SKIPPED_STEPS skips in a row, or a parameter that is no longer finite.
+    """
+    progress = state.progress
+    progress.attempt += 1
+    if report.skipped:
+        progress.skipped_in_a_row += 1
+        if progress.skipped_in_a_row >= MAX_SKIPPED_STEPS:
+            where = "gradients" if math.isfinite(report.loss) else "the forward"
+            raise ValueError(
+                f"float16 overflowed in {progress.skipped_in_a_row} steps in a row ({where}; loss "
+                f"{report.loss:g}, loss scale {report.loss_scale:g}); use --mixed-precision bf16 "
+                "or no, or lower the learning rates")
+        return
+    progress.step += 1
+    progress.skipped_in_a_row = 0
+    if not torch.stack([p.isfinite().all() for p in state.parameters]).all():
+        raise ValueError(f"LoRA or adapter weights are NaN or infinite after step {progress.step} "
+                         f"(gradient norm {report.grad_norm:g}); lower the learning rates")
 
 
 @torch.no_grad()
 def validation_loss(transformer, adapter, schedule, features, rows, batch_size: int, seed: int,
-                    dtype=None) -> float:
-    """Mean loss over held-out feature rows (N,) at noise and timesteps fixed by the seed.
+                    dtype=None) -> tuple[float, list[float]]:
+    """(mean loss, mean of each band) over held-out feature rows (N,), at fixed noise and timesteps.
 
-    Each row is seen at VALIDATION_TIMESTEPS timesteps, one per equal range of [0, T); no dropout.
+    Each row is seen at VALIDATION_TIMESTEPS timesteps, one per band, that is per equal range of
+    [0, T), in order; no dropout. Noise and timesteps depend on the seed alone.
     """
     training = transformer.training, adapter.training
     transformer.eval(), adapter.eval()
@@ -170,11 +301,13 @@ def validation_loss(transformer, adapter, schedule, features, rows, batch_size: 
     width = schedule.num_train_timesteps / VALIDATION_TIMESTEPS
     timesteps = ((ranges + torch.rand(len(rows), generator=generator)) * width).long()
     noise = torch.randn(len(rows), *features.mean.shape[1:], generator=generator)
-    total = 0.0
+    total, bands = 0.0, torch.zeros(VALIDATION_TIMESTEPS, dtype=torch.float64)
     for part in torch.arange(len(rows)).split(batch_size):
         chosen = rows[part]
         batch = Batch(features.mean[chosen], features.embeddings[chosen], noise[part],
                       timesteps[part], torch.zeros(len(part), dtype=torch.bool)).to(device)
-        total += diffusion_loss(transformer, adapter, schedule, batch, dtype).sum().item()
+        losses = diffusion_loss(transformer, adapter, schedule, batch, dtype)
+        total += losses.sum().item()
+        bands.index_add_(0, ranges[part], losses.double().cpu())
     transformer.train(training[0]), adapter.train(training[1])
-    return total / len(rows)
+    return total / len(rows), (bands * VALIDATION_TIMESTEPS / len(rows)).tolist()

@@ -13,7 +13,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # train.py and sample.py are scripts beside the package
 
-from pixcell_min.checkpoint import save_tensors  # noqa: E402
+from pixcell_min.checkpoint import read_tensors, save_tensors  # noqa: E402
 from pixcell_min.transformer import PixCellTransformer, TransformerConfig  # noqa: E402
 from pixcell_min.uni import TileEncoder  # noqa: E402
 from pixcell_min.vae import AutoencoderKL, VAEConfig  # noqa: E402
@@ -80,3 +80,32 @@ def tiles(tmp_path) -> Path:
             pixels = generator.integers(0, 256, (64, 64, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / "tiles" / label / f"{label}_{i}.png")
     return tmp_path / "tiles"
+
+
+@pytest.fixture
+def arguments(tiny_base, tiles, tmp_path):
+    """Flags of a run of a few float32 steps."""
+    return ["--rank", "2", "--alpha", "4", "--base", str(tiny_base), "--data", str(tiles),
+            "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "run"),
+            "--max-train-steps", "4", "--batch-size", "2", "--gradient-accumulation-steps", "2",
+            "--mixed-precision", "no", "--sample-count", "0", "--validation-fraction", "0.25",
+            "--warmup-steps", "1", "--learning-rate", "0.01"]
+
+
+def metrics(run):
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(run):
+    """The tensors of a run's two files to share."""
+    return {name: read_tensors(run / name)[0]
+            for name in ("lora_weights.safetensors", "adapter.safetensors")}
+
+
+def assert_same_weights(first, second):
+    """Two results of `weights` agree bit for bit."""
+    for name in first:
+        assert first[name].keys() == second[name].keys()
+        for key in first[name]:
+            assert torch.equal(first[name][key], second[name][key]), key

@@ -69,6 +69,17 @@ def test_tensors_come_back_with_their_dtypes(tmp_path, suffix):
     assert metadata == ({"format": "pt", "base_hash": "xyz"} if suffix == ".safetensors" else {})
 
 
+def test_the_same_tensors_and_header_give_the_same_bytes(tmp_path):
+    header = {"base_hash": "é\u2028\t\"\\", **{f"key {i}": str(i) for i in range(9)}}
+    contents = set()
+    for i in range(5):
+        save_tensors(tmp_path / f"{i}.safetensors", TENSORS, header)
+        contents.add((tmp_path / f"{i}.safetensors").read_bytes())
+    assert len(contents) == 1
+    tensors, metadata = read_tensors(tmp_path / "0.safetensors")
+    assert same(tensors, TENSORS) and metadata == {"format": "pt", **header}
+
+
 def test_safetensors_without_metadata(tmp_path):
     save_file(TENSORS, tmp_path / "t.safetensors")
     assert read_tensors(tmp_path / "t.safetensors")[1] == {}
@@ -298,7 +309,8 @@ def test_files_are_flushed_before_they_are_renamed(tmp_path, monkeypatch, name):
     monkeypatch.setattr(os, "replace", rename)
     path = tmp_path / "new" / "folder" / name
     WRITERS[name](path)
-    assert order == [("flushed", path.stat().st_ino), ("renamed", path.stat().st_ino)]
+    assert order == [("flushed", path.stat().st_ino), ("renamed", path.stat().st_ino),
+                     ("flushed", path.parent.stat().st_ino)]  # the rename itself, at last
     assert stat.S_IMODE(path.stat().st_mode) == 0o644
     assert [p.name for p in path.parent.iterdir()] == [name]
 

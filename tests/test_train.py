@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import train
-from conftest import ROOT, write_base
+from conftest import ROOT, assert_same_weights, metrics, weights, write_base
 from pixcell_min import base as base_module
 from pixcell_min import training
 from pixcell_min.adapter import EmbeddingAdapter, load_adapter
@@ -29,33 +29,7 @@ from pixcell_min.training import (Batch, build_optimizer, build_scaler, diffusio
                                   optimizer_step, timestep_weights)
 
 RUN_FILES = {"config.yaml", "lora_weights.safetensors", "adapter.safetensors", "metrics.jsonl",
-             "state.pt", "tiles.json"}
-
-
-@pytest.fixture
-def arguments(tiny_base, tiles, tmp_path):
-    """Flags of a run of a few float32 steps."""
-    return ["--rank", "2", "--alpha", "4", "--base", str(tiny_base), "--data", str(tiles),
-            "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "run"),
-            "--max-train-steps", "4", "--batch-size", "2", "--gradient-accumulation-steps", "2",
-            "--mixed-precision", "no", "--sample-count", "0", "--validation-fraction", "0.25",
-            "--warmup-steps", "1", "--learning-rate", "0.01"]
-
-
-def metrics(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def weights(run):
-    return {name: read_tensors(run / name)[0]
-            for name in ("lora_weights.safetensors", "adapter.safetensors")}
-
-
-def assert_same_weights(first, second):
-    for name in first:
-        assert first[name].keys() == second[name].keys()
-        for key in first[name]:
-            assert torch.equal(first[name][key], second[name][key]), key
+             "states", "tiles.json", "run.json"}
 
 
 def test_a_run_writes_its_files_and_they_load_again(arguments, tmp_path, capsys):
@@ -143,9 +117,12 @@ def test_overwrite_replaces_a_runs_own_files_and_leaves_all_others(arguments, tm
     for name in ("config.yaml", "precious"):
         assert (run / name).exists()
     (run / "metrics.jsonl").write_text("")
-    (run / "state.pt").write_text("old")
+    (run / "states").mkdir()
+    (run / "states" / "step-00000009.pt").write_text("old")
     assert train.main([*arguments, "--overwrite", "--max-train-steps", "1"]) == 0
-    assert (run / "precious").read_text() == "kept" and (run / "state.pt").stat().st_size > 3
+    assert (run / "precious").read_text() == "kept" and [
+        path.name for path in sorted((run / "states").iterdir())] == [
+        "step-00000000.pt", "step-00000001.pt"]
 
 
 def test_a_cache_and_tiles_inside_the_run_folder_survive(arguments, tmp_path, tiles):
@@ -182,7 +159,8 @@ def test_resume_refuses_what_would_mix_runs(damage, arguments, tiles, tmp_path, 
     elif damage == "other precision":
         monkeypatch.setattr(base_module, "choose_dtype", lambda name, device: torch.bfloat16)
     elif damage == "no state":
-        torch.save({"weight": torch.zeros(2)}, run / "state.pt")
+        for path in (run / "states").iterdir():
+            torch.save({"weight": torch.zeros(2)}, path)
     elif damage == "no metrics":
         (run / "metrics.jsonl").unlink()
     else:
@@ -194,7 +172,7 @@ def test_resume_refuses_what_would_mix_runs(damage, arguments, tiles, tmp_path, 
 
 
 def test_a_validation_lost_to_an_interrupt_is_made_up(arguments, tmp_path, monkeypatch, capsys):
-    losses = iter([1.0])  # before the run; the next call, after its last step, is interrupted
+    losses = iter([(1.0, [1.0])])  # before the run; the next call, after its last step, is interrupted
 
     def stop_at_the_last(*args, **kwargs):
         try:
@@ -284,8 +262,8 @@ def test_held_out_tiles_are_never_trained_on(arguments, tiny_base):
     features, tiles_in, held_out = train.load_features(
         config, pipeline, find_tiles(config.data))
     assert len(tiles_in) == 6 and len(held_out) == 2 and not set(tiles_in) & set(held_out)
-    seen = torch.cat([batch.embeddings for step in range(4) for batch in train.draw_micro_batches(
-        config, features, features.rows(tiles_in), pipeline.schedule, step, "cpu")])
+    seen = torch.cat([batch.embeddings for step in range(4) for batch in training.draw_micro_batches(
+        features, features.rows(tiles_in), pipeline.schedule, 2, 2, 0.1, None, 0, "cpu", step)])
     for row in features.rows(held_out):
         for variant in range(features.variants):
             assert not (seen == features.embeddings[row + variant]).all(dim=(1, 2)).any()
@@ -499,13 +477,12 @@ def test_the_adapter_trains_in_float32_whatever_autocast_says(tiny_base):
     assert losses.dtype == torch.float32
 
 
-def test_dropout_does_not_repeat_the_noise_of_its_batch(arguments, tiny_base):
-    config = train.parse_train(arguments)[0]
+def test_dropout_does_not_repeat_the_noise_of_its_batch():
     features = type("F", (), {"draw_variants": lambda self, rows, g: rows, "embeddings": torch.zeros(
         8, 1, 16), "sample_latents": lambda self, rows, g: torch.zeros(len(rows), 16, 8, 8)})()
     global_draws = []
-    for batch in train.draw_micro_batches(config, features, torch.arange(8), NoiseSchedule.linear(),
-                                          0, "cpu"):
+    for batch in training.draw_micro_batches(
+            features, torch.arange(8), NoiseSchedule.linear(), 2, 2, 0.1, None, 0, "cpu", 0):
         global_draws.append(torch.randn(batch.noise.shape))
         assert not torch.equal(global_draws[-1], batch.noise)
     assert len(global_draws) == 2 and not torch.equal(*global_draws)  # reseeded per micro-step
@@ -529,13 +506,13 @@ def test_rate_factor(step, schedule, factor):
 def test_validation_is_the_same_each_time_and_restores_the_mode(arguments, tiny_base, tmp_path):
     config = train.parse_train(arguments)[0]
     pipeline = load_pixcell_base(tiny_base, "cpu", "no")
-    adapter = train.make_trainable(config, pipeline)
+    adapter = train.make_trainable(config, pipeline).adapter
     features, _, held_out = train.load_features(config, pipeline, find_tiles(config.data))
     pipeline.transformer.train()
 
     def measure(batch_size):
         return training.validation_loss(pipeline.transformer, adapter, pipeline.schedule, features,
-                                        features.rows(held_out), batch_size, 0)
+                                        features.rows(held_out), batch_size, 0)[0]
 
     values = {measure(size) for size in (2, 2)}
     assert len(values) == 1 and pipeline.transformer.training
@@ -559,6 +536,7 @@ def test_pickled_code_in_a_state_file_is_refused_and_not_run(arguments, tmp_path
         def __reduce__(self):
             return (open, (str(tmp_path / "pwned"), "w"))
 
-    (tmp_path / "run" / "state.pt").write_bytes(pickle.dumps(Payload()))
+    for path in (tmp_path / "run" / "states").iterdir():
+        path.write_bytes(pickle.dumps(Payload()))
     assert train.main(["--resume", "--out", str(tmp_path / "run")]) == 2
     assert not (tmp_path / "pwned").exists() and capsys.readouterr().err.count("\n") == 1

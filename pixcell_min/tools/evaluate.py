@@ -33,13 +33,13 @@ from pixcell_min.data import Tile, find_tiles, fit_tile, read_tile
 from pixcell_min.images import read_settings, save_png
 from pixcell_min.lora import lora_disabled
 from pixcell_min.pipeline import GUIDANCE_SCALE
+from pixcell_min.runs import shared_files
 from pixcell_min.schedulers import SCHEDULER_NAMES
 from pixcell_min.tools import report
 from pixcell_min.tools.comparison import embed, measure
 from pixcell_min.uni import TileEncoder
 
 ARMS = {"base": (), "adapter": ("adapter",), "lora": ("lora",), "both": ("adapter", "lora")}
-FILES = {"adapter": "adapter.safetensors", "lora": "lora_weights.safetensors"}  # of a run
 COLOUR_TILES = 256  # training tiles whose colour the colour-only baseline takes on
 OWN, SECOND = "own", "second"  # encoders: the base's, and that of --second-encoder
 
@@ -51,7 +51,9 @@ def parse_evaluate(argv=None):
     add = parser.add_argument
     add("--data", type=Path, required=True, help="tiles; those of the run's training are left out")
     add("--run", type=Path, required=True, help="run folder of train.py")
-    add("--out", type=Path, help="folder to write to; default RUN/evaluation")
+    add("--ema", action="store_true", help="the run's averaged weights (train.py --ema-decay)")
+    add("--out", type=Path,
+        help="folder to write to; default RUN/evaluation, with --ema RUN/evaluation_ema")
     add("--count", type=positive_int, default=32, help="tiles at most; default 32")
     add("--seed", type=integer(0, 2**62), default=0, help="of images and splits; default 0")
     add("--seeds", type=positive_int, default=1, help="images per tile and arm; default 1")
@@ -71,7 +73,7 @@ def parse_evaluate(argv=None):
     options = parser.parse_args(argv)
     if (options.save_dataset is None) != (options.per_class is None):
         parser.error("--save-dataset and --per-class go together")
-    options.out = options.out or options.run / "evaluation"
+    options.out = options.out or options.run / ("evaluation_ema" if options.ema else "evaluation")
     return options
 
 
@@ -189,10 +191,15 @@ def spread(tiles: dict, count: int) -> dict:
     return {key: tile for key, tile in tiles.items() if key in chosen}
 
 
+def shared_paths(options) -> dict:
+    """The two files that are measured: {"lora": path, "adapter": path}. Raises: ValueError."""
+    return dict(zip(("lora", "adapter"), shared_files(options.run, options.ema)))
+
+
 def load_models(options, settings) -> Models:
     """Base, the run's adapter and LoRA, encoders. Raises: ValueError: missing, of another base."""
     base = options.base or settings["base"]
-    paths = {name: options.run / file for name, file in FILES.items()}
+    paths = shared_paths(options)
     hashes = {name: file_hash(path) for name, path in paths.items()}
     pipeline = load_pixcell_base(base, options.device, options.mixed_precision)
     pipeline.load_lora_weights(paths["lora"])
@@ -262,7 +269,7 @@ def image_settings(options, settings, models):
               "precision": str(models.pipeline.dtype or "float32"),
               "base_hash": models.hashes["base"], "features_hash": models.hashes["features"]}
     return lambda arm: {**common, "arm": arm, **{
-        f"{part}_hash": models.hashes[part] if part in ARMS[arm] else None for part in FILES}}
+        f"{part}_hash": models.hashes[part] if part in ARMS[arm] else None for part in ("adapter", "lora")}}
 
 
 def check_folder(folder, jobs, shared) -> None:
@@ -326,10 +333,11 @@ def describe(options, settings, models, notes, tiles) -> dict:
         "data": str(options.data), "run": str(options.run), "tiles": tiles, "notes": notes,
         "settings": {"seed": options.seed, "count": options.count, "steps": options.steps,
                      "scheduler": options.scheduler, "guidance_scale": options.guidance_scale,
-                     "arms": ",".join(options.arms), "base": str(options.base or settings["base"]),
+                     "arms": ",".join(options.arms), "ema": options.ema,
+                     "base": str(options.base or settings["base"]),
                      "precision": str(models.pipeline.dtype or "float32")},
         "training_settings": settings, "hashes": models.hashes,
-        "file_bytes": {name: os.path.getsize(options.run / file) for name, file in FILES.items()},
+        "file_bytes": {name: os.path.getsize(path) for name, path in shared_paths(options).items()},
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "numpy": np.__version__},
         "machine": {"system": platform.platform(), "cores": os.cpu_count(), "device": str(

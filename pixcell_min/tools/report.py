@@ -4,7 +4,6 @@ Drawn with Pillow, readable without JavaScript. It measures nothing but the hist
 """
 
 import base64
-import io
 import json
 from html import escape
 
@@ -12,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from pixcell_min.checkpoint import write_bytes, write_text
-from pixcell_min.images import image_grid
+from pixcell_min.images import curve_panel, image_grid, png_bytes
 from pixcell_min.tools import metrics
 
 GRID_ROWS = 8  # tiles shown
@@ -74,18 +73,12 @@ def write(folder, result: dict, images: dict) -> None:
 
     images: {column: list of (H, W, 3) uint8}, `real` and `vae` one a tile, arms a multiple of it.
     """
-    grid, curves = (_png(draw(images)) for draw in (grid_figure, histogram_figure))
+    grid, curves = (png_bytes(draw(images)) for draw in (grid_figure, histogram_figure))
     write_bytes(folder / "grid.png", grid)
     write_bytes(folder / "histograms.png", curves)
     write_text(folder / "report.html", page(result, grid, curves))
     write_text(folder / "report.json",
                json.dumps(result, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def _png(image):
-    content = io.BytesIO()
-    image.save(content, "PNG", optimize=True)
-    return content.getvalue()
 
 
 # ---------------------------------------------------------------- figures
@@ -126,28 +119,18 @@ def histogram_figure(images: dict) -> Image.Image:
     return figure
 
 
-def _panel(title, curves, width, height, scale=2, bins=60):
-    """One histogram of {name: values} over a common range; drawn larger, then shrunk."""
-    panel = Image.new("RGB", (width * scale, height * scale), "white")
-    draw, font = ImageDraw.Draw(panel), ImageFont.load_default(14 * scale)
-    left, top, right, bottom = (scale * x for x in (24, 34, width - 20, height - 30))
-    draw.text(((left + right) // 2, top // 2), title, "black", font, anchor="mm")
-    draw.line((left, bottom, right, bottom), "#999999", scale)
+def _panel(title, curves, width, height, bins=60):
+    """One histogram of {name: values} over a common range."""
+    low, high, lines = None, None, {}
     if curves:
         low, high = np.quantile(np.concatenate(list(curves.values())), (0.01, 0.99))
         high = max(high, low + 1e-6)
-        shares = {name: np.histogram(its, bins, (low, high))[0] / len(its)
-                  for name, its in curves.items()}
-        peak = max(share.max() for share in shares.values()) or 1
-        for name, share in shares.items():
-            x = left + (np.arange(bins) + 0.5) * (right - left) / bins
-            points = list(zip(x.tolist(), (bottom - share / peak * (bottom - top)).tolist()))
-            if name == "real":
-                draw.polygon([(points[0][0], bottom), *points, (points[-1][0], bottom)], "#e4e4e4")
-            draw.line(points, INK[name], 2 * scale, joint="curve")
-        for x, value, anchor in ((left, low, "lt"), (right, high, "rt")):
-            draw.text((x, bottom + 5 * scale), f"{value:.3g}", "#555555", font, anchor=anchor)
-    return panel.resize((width, height), Image.Resampling.LANCZOS)
+        centres = low + (np.arange(bins) + 0.5) * (high - low) / bins
+        for name, its in curves.items():
+            share = np.histogram(its, bins, (low, high))[0] / len(its)
+            lines[name] = list(zip(centres.tolist(), share.tolist()))
+    return curve_panel(title, lines, INK, width, height, low=low, high=high, base=0,
+                       filled=("real",))
 
 
 # ---------------------------------------------------------------- words

@@ -1,0 +1,77 @@
+"""Train in processes that die by SIGKILL, again and again, until one is let run to its end.
+
+    python tests/killed_runs.py KILLS SEED OUT FLAGS-OF-train.py…
+
+Every second kill comes at a random moment, every other at a random file operation (flush, rename or
+deletion, just before or after it). Prints how many kills left a temporary file, that is, fell within
+a write. One parent imports torch once and forks; it computes nothing itself.
+"""
+
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import train  # noqa: E402
+
+LONGEST = 1.5  # seconds until a kill by the clock
+
+
+def die_at(operation: int, before: bool) -> None:
+    """Kill this process at its file operation of that number."""
+    count = iter(range(1, sys.maxsize))
+
+    def fatal(call):
+        def counted(*arguments, **options):
+            now = next(count) == operation
+            if now and before:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = call(*arguments, **options)
+            if now:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+        return counted
+
+    for name in ("fsync", "replace", "unlink"):
+        setattr(os, name, fatal(getattr(os, name)))
+
+
+def start(flags, operation=None, before=False) -> int:
+    """A forked process that trains, silently; → its id."""
+    if child := os.fork():
+        return child
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1), os.dup2(silence, 2)
+    if operation:
+        die_at(operation, before)
+    os._exit(train.main(flags))
+
+
+def main(kills, seed, out, *flags) -> int:
+    """→ exit code of the last process; 9 if one ended before the kill meant for it."""
+    chance, out, within_write = random.Random(int(seed)), Path(out), 0
+    for number in range(int(kills) + 1):
+        resume = any(out.glob("states/step-*.pt"))
+        command = ["--resume", "--out", str(out)] if resume else [
+            *flags, "--out", str(out), *["--overwrite"] * out.exists()]
+        last, by_clock = number == int(kills), number % 2
+        child = start(command, None if last or by_clock else chance.randint(1, 24),
+                      chance.random() < 0.5)
+        if by_clock and not last:
+            time.sleep(chance.uniform(0, LONGEST))
+            os.kill(child, signal.SIGKILL)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if not last and code != -signal.SIGKILL:
+            print(f"process {number} ended with code {code} before it was killed")
+            return 9
+        within_write += any(out.rglob(".*.tmp"))
+    print(within_write)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

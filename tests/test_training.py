@@ -1,0 +1,312 @@
+"""training.py: what float16 may and may not do to a step, accumulation and counts in whole runs."""
+
+import math
+
+import pytest
+import torch
+
+import train
+from conftest import assert_same_weights, metrics, weights
+from pixcell_min import training
+from pixcell_min.checkpoint import load_object
+from pixcell_min.lora import lora_parameters
+from pixcell_min.training import (Progress, StepReport, TrainingState, build_optimizer,
+                                  count_attempt, diffusion_loss, optimizer_step)
+from test_train import random_batch, small_problem
+
+
+def scaler_of(scale, growth_interval=2000):
+    return torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=growth_interval)
+
+
+def fp16_flags(arguments, scale, monkeypatch, **options):
+    """Flags of a float16 run whose loss scale starts at `scale`."""
+    monkeypatch.setattr(train, "build_scaler", lambda device, dtype: scaler_of(scale, **options))
+    return [*arguments, "--mixed-precision", "fp16"]
+
+
+def overflow_at(monkeypatch, *attempts):
+    """Make the losses of these attempts of a run infinite; → the list of attempts, as they come."""
+    seen, draw, loss = [], train.draw_micro_batches, train.diffusion_loss
+
+    def draw_and_note(*inputs):
+        seen.append(inputs[-1])
+        return draw(*inputs)
+
+    monkeypatch.setattr(train, "draw_micro_batches", draw_and_note)
+    monkeypatch.setattr(train, "diffusion_loss", lambda *inputs: loss(*inputs) * (
+        torch.inf if seen[-1] in attempts else 1))
+    return seen
+
+
+# ------------------------------------------------------------------------- one step in float16
+
+@pytest.fixture
+def problem(tiny_base):
+    transformer, adapter, schedule = small_problem(tiny_base)
+    optimizer = build_optimizer(lora_parameters(transformer), adapter.parameters(), 1e-2, 1e-2, 0.0)
+
+    def run(seeds, scaler, dtype=None, factor=lambda seed: 1.0):
+        state = TrainingState(transformer, adapter, optimizer, scaler, Progress())
+        for seed in seeds:
+            report = optimizer_step(
+                lambda batch: diffusion_loss(transformer, adapter, schedule, batch, dtype)
+                * factor(seed), [random_batch(2, seed)], 2, optimizer, scaler, 1.0)
+            count_attempt(state, report)
+        return state, report
+
+    return run
+
+
+def copies(state):
+    return [p.detach().clone() for p in state.parameters]
+
+
+def test_a_skipped_step_is_as_if_it_had_never_been(tiny_base, problem):
+    whole, _ = problem([1, 3], scaler_of(2.0**10))
+    expected, moments = copies(whole), whole.optimizer.state_dict()["state"]
+    transformer, adapter, schedule = small_problem(tiny_base)
+    optimizer = build_optimizer(lora_parameters(transformer), adapter.parameters(), 1e-2, 1e-2, 0.0)
+    state = TrainingState(transformer, adapter, optimizer, scaler_of(2.0**10), Progress())
+    for seed in (1, 2, 3):  # 2 overflows; scales are powers of two: exact in a float32 forward
+        count_attempt(state, optimizer_step(
+            lambda batch: diffusion_loss(transformer, adapter, schedule, batch)
+            * (math.inf if seed == 2 else 1), [random_batch(2, seed)], 2, optimizer, state.scaler, 1.0))
+    assert all(torch.equal(a, b) for a, b in zip(expected, state.parameters, strict=True))
+    for index, its in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(its[key], moments[index][key]) for key in its)
+    assert state.progress == Progress(step=2, attempt=3, skipped_in_a_row=0)
+    assert state.progress.skipped == 1 and state.scaler.get_scale() == 2.0**9
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_an_infinity_or_nan_in_any_gradient_skips_the_step(problem, bad):
+    state, _ = problem([1], scaler_of(2.0**10))
+    before, parameters = copies(state), state.parameters
+    hook = parameters[-1].register_hook(lambda gradient: gradient.index_fill(
+        0, torch.tensor([0]), bad))
+    _, report = problem([2], state.scaler)
+    hook.remove()
+    assert report.skipped and not math.isfinite(report.grad_norm) and math.isfinite(report.loss)
+    assert report.loss_scale == state.scaler.get_scale() == 2.0**9
+    assert all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
+
+
+def test_finite_gradients_of_infinite_norm_are_skipped_not_set_to_zero(problem):
+    state, _ = problem([1], scaler_of(1.0))
+    before, steps = copies(state), state.optimizer.state_dict()["state"][0]["step"].clone()
+    hooks = [p.register_hook(lambda gradient: torch.full_like(gradient, 3e38))
+             for p in state.parameters[-2:]]
+    _, report = problem([2], state.scaler)
+    [hook.remove() for hook in hooks]
+    assert report.skipped and report.grad_norm == math.inf
+    assert all(torch.equal(a, b) for a, b in zip(before, state.parameters, strict=True))
+    assert state.optimizer.state_dict()["state"][0]["step"] == steps
+
+
+def test_the_loss_scale_grows_after_good_steps_and_is_reported(problem):
+    scaler, scales = scaler_of(2.0**8, growth_interval=2), []
+    for seed in range(4):
+        _, report = problem([seed], scaler, torch.float16)
+        assert not report.skipped
+        scales.append(report.loss_scale)
+    assert scales == [2.0**8, 2.0**9, 2.0**9, 2.0**10]
+
+
+def test_trained_parameters_gradients_and_moments_are_float32_under_float16(problem):
+    state, _ = problem([1, 2], scaler_of(2.0**8), torch.float16)
+    tensors = [t for p in state.parameters for t in (p, p.grad, *(
+        state.optimizer.state[p][key] for key in ("exp_avg", "exp_avg_sq")))]
+    assert len(tensors) == 4 * len(state.parameters) and {t.dtype for t in tensors} == {torch.float32}
+
+
+def test_autocast_covers_the_forward_alone_and_attention_runs_in_float32(tiny_base, monkeypatch):
+    transformer, adapter, schedule = small_problem(tiny_base)
+    seen, attention = set(), torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v, **more: (
+        seen.update((q.dtype, k.dtype, v.dtype)), attention(q, k, v, **more))[1])
+    mse = training.F.mse_loss
+    monkeypatch.setattr(training.F, "mse_loss", lambda a, b, **more: (
+        seen.update(("loss", a.dtype, b.dtype)),
+        seen.add(("autocast", torch.is_autocast_enabled("cpu"))), mse(a, b, **more))[2])
+    transformer.set_float32_attention(True)
+    diffusion_loss(transformer, adapter, schedule, random_batch(2, 1), torch.float16)
+    assert seen == {torch.float32, "loss", ("autocast", False)}
+
+
+def test_twenty_skips_in_a_row_and_nan_weights_end_a_run_with_the_cause(problem):
+    state, _ = problem([1], scaler_of(2.0**8))
+    for loss, where in ((math.nan, "the forward"), (1.0, "gradients")):
+        state.progress.skipped_in_a_row = training.MAX_SKIPPED_STEPS - 2
+        count_attempt(state, StepReport(loss, math.inf, True, 0.5))
+        with pytest.raises(ValueError, match=rf"in 20 steps in a row \({where}; .*loss scale 0.5"):
+            count_attempt(state, StepReport(loss, math.inf, True, 0.5))
+    count_attempt(state, StepReport(1.0, 1.0, False))
+    assert state.progress.skipped_in_a_row == 0  # in a row: one good step, and it counts anew
+    with torch.no_grad():
+        state.parameters[3].view(-1)[0] = math.nan
+    with pytest.raises(ValueError, match="NaN or infinite after step 3"):
+        count_attempt(state, StepReport(1.0, 1.0, False))
+
+
+# ---------------------------------------------------------------------- whole runs in float16
+
+def test_overflow_at_the_start_costs_attempts_and_no_steps(arguments, tmp_path, monkeypatch, capsys):
+    seen = overflow_at(monkeypatch)
+    assert train.main(fp16_flags(arguments, 2.0**34, monkeypatch)) == 0
+    lines = [line for line in metrics(tmp_path / "run") if "loss" in line]
+    good, skipped = ([line for line in lines if line["skipped"] is which] for which in (False, True))
+    assert 3 < len(skipped) < 20 and lines[:len(skipped)] == skipped  # all at the start
+    assert [line["step"] for line in good] == [1, 2, 3, 4]
+    assert seen == list(range(len(lines)))  # each attempt has data of its own
+    assert [line["skipped_so_far"] for line in skipped] == list(range(1, len(skipped) + 1))
+    assert [line["loss_scale"] for line in skipped] == [2.0**(33 - i) for i in range(len(skipped))]
+    assert {line["step"] for line in skipped} == {0}
+    peak = [0.01 * train.rate_factor(step, 1, 4, "cosine") for step in range(4)]
+    assert [line["lora_rate"] for line in good] == peak  # rates follow the steps made
+    state = load_object(tmp_path / "run" / "states" / "step-00000004.pt")["content"]
+    assert state["progress"]["step"] == 4 == state["optimizer"]["state"][0]["step"]
+    assert "step 1 skipped: float16 overflowed" in "".join(capsys.readouterr())
+
+
+def test_a_run_with_a_skipped_step_resumes_bit_for_bit(arguments, tmp_path, monkeypatch):
+    flags = [*fp16_flags(arguments, 2.0**8, monkeypatch, growth_interval=2),
+             "--max-train-steps", "6", "--save-every", "3"]
+    with monkeypatch.context() as patch:
+        overflow_at(patch, 1, 4)
+        assert train.main(flags) == 0
+    whole, logged = weights(tmp_path / "run"), metrics(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        overflow_at(patch, 1, 4)
+        patch.setattr(train, "rate_factor", interrupt_at(5))
+        assert train.main([*flags, "--overwrite"]) == 130
+    with monkeypatch.context() as patch:
+        seen = overflow_at(patch, 1, 4)
+        assert train.main(["--resume", "--out", str(tmp_path / "run")]) == 0
+    assert seen == [4, 5, 6, 7]  # step 3 was saved after attempt 3; attempt 4 overflows again
+    assert_same_weights(weights(tmp_path / "run"), whole)
+    timeless = [[{**line, "seconds": 0} for line in lines]
+                for lines in (logged, metrics(tmp_path / "run"))]
+    assert timeless[0] == timeless[1] and timeless[0][-2]["skipped_so_far"] == 2
+
+
+def interrupt_at(step):
+    original = train.rate_factor
+
+    def rate_factor(now, *rest):
+        if now == step:
+            raise KeyboardInterrupt
+        return original(now, *rest)
+
+    return rate_factor
+
+
+@pytest.mark.parametrize("cause", ["overflow in every step", "NaN in the weights"])
+def test_a_run_that_cannot_go_on_names_the_cause_and_keeps_the_last_good_state(
+        cause, arguments, tmp_path, monkeypatch, capsys):
+    flags = [*fp16_flags(arguments, 2.0**8, monkeypatch), "--save-every", "2"]
+    assert train.main([*flags, "--max-train-steps", "6"]) == 0
+    whole = weights(tmp_path / "run")
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        if cause == "overflow in every step":
+            overflow_at(patch, *range(3, 99))
+        else:
+            patch.setattr(train, "optimizer_step", spoil_weights_after(3))
+        assert train.main([*flags, "--max-train-steps", "6", "--overwrite"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("train.py: error: ") and (
+        "overflowed in 20 steps in a row" in error if "overflow" in cause
+        else "NaN or infinite after step 4" in error)
+    assert train.main(["--resume", "--out", str(tmp_path / "run")]) == 0
+    assert_same_weights(weights(tmp_path / "run"), whole)
+
+
+def spoil_weights_after(count):
+    steps = []
+
+    def step(loss_of, batches, num_samples, optimizer, *rest):
+        report = optimizer_step(loss_of, batches, num_samples, optimizer, *rest)
+        steps.append(report)
+        if len(steps) > count:
+            optimizer.param_groups[1]["params"][0].data[0] = math.nan
+        return report
+
+    return step
+
+
+# ------------------------------------------------------------------------------ accumulation
+
+def test_rates_count_optimizer_steps_not_micro_steps(arguments, tmp_path):
+    flags = [*arguments, "--gradient-accumulation-steps", "3", "--warmup-steps", "2"]
+    assert train.main(flags) == 0
+    rates = [line["lora_rate"] for line in metrics(tmp_path / "run") if "loss" in line]
+    assert rates == pytest.approx([0.005, 0.01, 0.01, 0.005], rel=1e-12)
+
+
+# --------------------------------------------------- classes, bands, epochs, stopping early
+
+def test_balanced_draws_take_every_class_equally_often_and_every_tile_of_it():
+    classes = [[0, 1, 2, 3, 4, 5, 6], [7, 8], [9]]
+    draws = torch.cat([training.balanced_indices(classes, 4, step, 3) for step in range(42)]).tolist()
+    for start in range(0, 168, 3):  # in each turn every class once
+        assert sorted(sum(i in its for its in classes[:1]) + 2 * (i == 9)
+                      for i in draws[start:start + 3]) == [0, 1, 2]
+    large = [i for i in draws if i < 7]
+    for start in range(0, 56, 7):  # each class in permutations of its own
+        assert sorted(large[start:start + 7]) == classes[0]
+    assert large[:7] != large[7:14] and len({tuple(large[i:i + 7]) for i in range(0, 56, 7)}) > 4
+    again = [training.balanced_indices(classes, 4, 5, seed).tolist() for seed in (3, 4)]
+    assert again[0] == draws[20:24] != again[1]  # any batch alone, from the seed
+
+
+def test_a_balanced_run_evens_out_its_classes_and_needs_two(arguments, tiles, tmp_path, capsys):
+    for path in sorted((tiles / "STR").iterdir())[1:]:
+        path.unlink()
+    seen, loss = [], training.draw_batch
+    flags = [*arguments, "--no-dihedral", "--class-balanced", "--max-train-steps", "3"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "draw_batch", lambda features, rows, *rest: (
+            seen.extend(features.tiles[row].label for row in rows), loss(features, rows, *rest))[1])
+        assert train.main(flags) == 0
+    assert seen.count("STR") == seen.count("TUM") == 6
+    capsys.readouterr()
+    assert train.main([*flags, "--data", str(tiles / "TUM"), "--out", str(tmp_path / "o")]) == 2
+    error = capsys.readouterr().err
+    assert "class-balanced sampling" in error and not (tmp_path / "o").exists()
+
+
+def test_bands_part_the_validation_loss_by_timestep(arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "diffusion_loss",  # the timestep itself as loss
+                        lambda *inputs: inputs[3].timesteps.float())
+    assert train.main([*arguments, "--max-train-steps", "1"]) == 0
+    line = metrics(tmp_path / "run")[0]
+    assert len(line["validation_bands"]) == 8
+    for band, mean in enumerate(line["validation_bands"]):
+        assert 125 * band <= mean < 125 * (band + 1)
+    assert sum(line["validation_bands"]) / 8 == pytest.approx(line["validation_loss"], rel=1e-6)
+
+
+def test_epochs_overrule_steps_and_are_whole_passes(arguments, tmp_path):
+    assert train.main([*arguments, "--epochs", "3"]) == 0  # 6 tiles · 3 / (2 · 2) = 4.5
+    assert metrics(tmp_path / "run")[-1]["step"] == 5
+    assert train.total_steps(train.Config(epochs=2, batch_size=4, gradient_accumulation_steps=4),
+                             72) == 9
+
+
+def test_a_run_stops_early_where_validation_no_longer_improves_and_stays_stopped(
+        arguments, tmp_path, monkeypatch, capsys):
+    losses = iter([3.0, 2.0, 2.5, 2.0, 9.0, 9.0])
+    monkeypatch.setattr(train, "validation_loss", lambda *_: (next(losses), [0.0] * 8))
+    flags = [*arguments, "--max-train-steps", "50", "--validate-every", "2", "--early-stop", "2",
+             "--save-every", "0"]
+    assert train.main(flags) == 0
+    run = tmp_path / "run"
+    assert metrics(run)[-1]["step"] == 6  # lowest at step 2, not lower at 4 and 6
+    assert "stopped early at step 6: no lower validation loss than 2.00000" in "".join(
+        capsys.readouterr())
+    assert load_object(run / "states" / "step-00000006.pt")["content"]["progress"]["best_loss"] == 2
+    before = weights(run)
+    assert train.main(["--resume", "--out", str(run)]) == 0
+    assert metrics(run)[-1]["step"] == 6
+    assert_same_weights(weights(run), before)
