@@ -7,7 +7,6 @@ Without --data it trains on procedural tiles of a second "laboratory", whose sta
 has never seen.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -20,13 +19,16 @@ from tqdm import tqdm
 
 from pixcell_min import checkpoint
 from pixcell_min.adapter import EmbeddingAdapter, save_adapter
-from pixcell_min.base import features_hash, load_pixcell_base
+from pixcell_min.base import (features_hash, find_base, load_pixcell_base, read_vae_config,
+                              vae_weights)
 from pixcell_min.config import Config, parse_train, read_yaml, to_yaml
-from pixcell_min.data import (batch_indices, cached_features, find_tiles, fit_tile, read_tile,
+from pixcell_min.data import (batch_indices, find_tiles, fit_tile, load_tiles, read_tile,
                               split_tiles)
+from pixcell_min.features import cached_features, encode_images, encode_tiles
 from pixcell_min.images import image_grid, save_png
 from pixcell_min.lora import (count_parameters, inject_lora, load_lora_state_dict, lora_disabled,
                               lora_parameters, lora_state_dict, save_lora)
+from pixcell_min.precomputed import files_of, find_precomputed, read_precomputed
 from pixcell_min.tools.synthetic import SECOND, write_dataset
 from pixcell_min.training import (build_optimizer, build_scaler, diffusion_loss, draw_batch,
                                   generator_for, optimizer_step, rate_factor, validation_loss)
@@ -40,7 +42,7 @@ STATE, LORA, ADAPTER = "state.pt", "lora_weights.safetensors", "adapter.safetens
 SETTINGS, TILES = "config.yaml", "tiles.json"
 METRICS, GRID = "metrics.jsonl", "samples/grid.png"
 # Settings that a resumed run may change: they touch neither a drawn number nor a weight.
-FREE_ON_RESUME = {"out", "cache", "save_every", "validate_every", "sample_count", "guidance_scale"}
+FREE_ON_RESUME = {"out", "cache", "decode_workers", "save_every", "validate_every", "sample_count", "guidance_scale"}
 
 
 def main(argv=None) -> int:
@@ -71,7 +73,8 @@ def train(config: Config, options) -> None:
     """One run, from tiles to a run folder. Raises: ValueError for whatever the caller can mend."""
     run = Path(config.out)
     check_run_folder(run, config, options)
-    tiles = find_tiles(config.data or procedural_tiles(config))
+    tiles = (find_precomputed(config.features) if config.features else
+             find_tiles(config.data or procedural_tiles(config)))
     pipeline = load_pixcell_base(config.base, config.device, config.mixed_precision)
     transformer, schedule, dtype = pipeline.transformer, pipeline.schedule, pipeline.dtype
     adapter = make_trainable(config, pipeline)
@@ -84,7 +87,7 @@ def train(config: Config, options) -> None:
     scaler, start, skipped = build_scaler(pipeline.device, dtype), 0, 0
     # What a saved state must agree with to be continued.
     identity = {"base_hash": pipeline.base_hash, "dtype": str(dtype),
-                "tiles": fingerprint(features.embeddings[training_rows])}
+                "tiles": features.fingerprint(training_rows)}
     if options.resume:
         start = load_state(run, identity, transformer, adapter, optimizer, scaler)
     else:
@@ -198,21 +201,55 @@ def make_trainable(config: Config, pipeline) -> EmbeddingAdapter:
 def load_features(config: Config, pipeline, tiles):
     """(features of all readable tiles, from the cache where it has them; training, held-out tiles).
 
-    Cached before they are split: another seed or share finds its features in the cache.
+    Cached before they are split: another seed or share finds its features in the cache. VAE and
+    encoder are let go of afterwards.
     """
-    features = cached_features(
-        config.cache, tiles, pipeline.vae,
-        lambda images: pipeline.encoder(images),  # loaded on a miss only
-        base_hash=features_hash(config.base),
-        size=pipeline.transformer.config.sample_size * pipeline.vae.downscale,
-        how=config.tile_fit, dihedral=config.dihedral, strict=config.strict_data,
-        batch_size=config.batch_size, device=pipeline.device,
-        report=lambda line: print(line, file=sys.stderr))
+    read = precomputed_features if config.features else image_features
+    features = read(config, pipeline, tiles, lambda line: print(line, file=sys.stderr))
+    pipeline.release()
     training, validation = split_tiles(features.tiles, config.validation_fraction, config.seed)
-    held = sum(t.nbytes for t in (features.mean, features.std, features.embeddings))
     print(f"tiles: {len(training)} to train on, {len(validation)} held out; latents and embeddings "
-          f"of {features.variants} variants each hold {held / 1e6:.0f} MB of memory")
+          f"in {features.variants} variant(s) each: {features.nbytes / 1e6:.0f} MB on disk, "
+          f"memory-mapped")
     return features, training, validation
+
+
+def image_features(config: Config, pipeline, tiles, report):
+    """Features of images, computed with the base's VAE and encoder, which are loaded on a miss."""
+    size = pipeline.transformer.config.sample_size * read_vae_config(config.base).downscale
+
+    def encode(images):
+        return encode_images(images, pipeline.vae, pipeline.encoder, pipeline.device)
+
+    def compute(missing):
+        bar = tqdm(missing, "encoding", unit="tile", disable=None)  # none where stderr is a file
+        loaded = load_tiles(bar, size, config.tile_fit, config.strict_data, report,
+                            config.decode_workers)
+        return encode_tiles(loaded, encode, config.batch_size, config.dihedral)
+
+    return cached_features(
+        config.cache, tiles, compute, report=report, workers=config.decode_workers,
+        settings={"base": features_hash(config.base), "size": size, "tile_fit": config.tile_fit,
+                  "dihedral": config.dihedral})
+
+
+def precomputed_features(config: Config, pipeline, tiles, report):
+    """Features of the authors' files; of the base, only its sizes and latent scale are read."""
+    if config.sample_count:
+        vae_weights(find_base(config.base))  # the sample grid will need them: say so now
+    vae, sizes = read_vae_config(config.base), pipeline.transformer.config
+    latents = sizes.in_channels, sizes.sample_size, sizes.sample_size
+    embedding = sizes.caption_num_tokens, sizes.caption_channels
+
+    def compute(missing):
+        bar = tqdm(missing, "reading", unit="tile", disable=None)
+        return read_precomputed(bar, latents, embedding, vae.scaling_factor, vae.shift_factor,
+                                config.strict_data, report)
+
+    return cached_features(
+        config.cache, tiles, compute, report=report, workers=config.decode_workers,
+        files_of=files_of, settings={"latents": latents, "embedding": embedding,
+                                     "scale": vae.scaling_factor, "shift": vae.shift_factor})
 
 
 def procedural_tiles(config: Config) -> Path:
@@ -248,11 +285,6 @@ def log(run: Path, values: dict) -> None:
         finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value
                   for key, value in values.items()}  # JSON knows no NaN
         file.write(json.dumps(finite) + "\n")
-
-
-def fingerprint(tensor) -> str:
-    """SHA-256 of a float32 CPU tensor's bytes."""
-    return hashlib.sha256(tensor.contiguous().numpy()).hexdigest()
 
 
 def spread(items: list, count: int) -> list:
@@ -305,14 +337,18 @@ def draw_grid(run, config, pipeline, adapter, features, validation) -> None:
     pipeline.transformer.eval(), adapter.eval()
     chosen = spread(validation, config.sample_count)  # over the classes
     embeddings = features.embeddings[features.rows(chosen)].to(pipeline.device)
-    size = pipeline.transformer.config.sample_size * pipeline.vae.downscale
     settings = {"num_inference_steps": GRID_STEPS, "scheduler": "dpmpp_2m", "seed": config.seed,
                 "guidance_scale": config.guidance_scale}
     with torch.no_grad():
         adapted = pipeline(adapter(embeddings), **settings).images
         with lora_disabled(pipeline.transformer):
             base = pipeline(embeddings, **settings).images
-    real = [fit_tile(read_tile(tile.path), size, config.tile_fit) for tile in chosen]
+    if config.features:  # no image at hand: what the VAE makes of the tile's latents
+        real = [pipeline.decode(features.mean[row][None].to(pipeline.device))
+                for row in features.rows(chosen)]
+    else:
+        size = pipeline.transformer.config.sample_size * pipeline.vae.downscale
+        real = [fit_tile(read_tile(tile.path), size, config.tile_fit) for tile in chosen]
     grid = image_grid(list(zip(real, base, adapted)), ("real, held out", "base", "adapted"))
     save_png(run / GRID, grid,
              {**settings, "tiles": [tile.path.name for tile in chosen]})
