@@ -236,7 +236,10 @@ def image_features(config: Config, pipeline, tiles, report):
 def precomputed_features(config: Config, pipeline, tiles, report):
     """Features of the authors' files; of the base, only its sizes and latent scale are read."""
     if config.sample_count:
-        vae_weights(find_base(config.base))  # the sample grid will need them: say so now
+        try:
+            vae_weights(find_base(config.base))
+        except ValueError as error:  # said now, not after the training
+            raise ValueError(f"{error}; the sample grid needs them: --sample-count 0") from None
     vae, sizes = read_vae_config(config.base), pipeline.transformer.config
     latents = sizes.in_channels, sizes.sample_size, sizes.sample_size
     embedding = sizes.caption_num_tokens, sizes.caption_channels

@@ -521,64 +521,20 @@ def test_the_fingerprint_is_of_these_rows_in_this_order():
 
 # ---------------------------------------------------------------------------------- memory
 
-GROWTH = """
-import sys, torch, numpy as np
-from pathlib import Path
-from PIL import Image
-from pixcell_min import data, features
-from pixcell_min.data import Tile, load_tiles
-from pixcell_min.training import generator_for
-
-root, cache, counts = Path(sys.argv[1]), sys.argv[2], [int(n) for n in sys.argv[3:]]
-noise = torch.randn(64, 16, 32, 32), torch.randn(64, 1, 1536)  # real sizes, in an instant
-used = 0
-
-def anonymous():
-    return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status")
-                if line.startswith("RssAnon"))
-
-def encode(images):
-    global used
-    used += len(images)
-    start = used % 40
-    return (noise[0][start:start + len(images)] + used, noise[0][:len(images)].abs(),
-            noise[1][start:start + len(images)] + used)
-
-def compute(tiles):
-    return features.encode_tiles(load_tiles(tiles, 16, "pad", True, print, 2), encode, 16)
-
-for count in counts:
-    tiles = [Tile(root / f"{i:05}.png") for i in range(count)]
-    found = features.cached_features(cache, tiles, compute, settings={}, report=lambda line: None,
-                                     workers=2)
-    for step in range(50):
-        rows = torch.randint(count, (16,), generator=generator_for(0, step))
-        found.sample_latents(rows, generator_for(1, step)), found.embeddings[rows]
-    found.fingerprint(torch.arange(count))
-    print(count, round(anonymous()), flush=True)
-"""
-
-
-def memory(tmp_path, *counts):
-    """{tiles: MB that are not page cache} after caching and reading so many tiles, in one process."""
-    (tmp_path / "tiles").mkdir()
-    for i in range(counts[-1]):
-        pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3), np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "tiles" / f"{i:05}.png")
+def growth(few, many):
+    """MB that are not page cache, gained from `few` tiles to `many` in one process."""
     done = subprocess.run(
-        [sys.executable, "-c", GROWTH, tmp_path / "tiles", tmp_path / "cache", *map(str, counts)],
-        check=True, capture_output=True, text=True, cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)})
-    return dict(map(int, line.split()) for line in done.stdout.splitlines())
+        [sys.executable, ROOT / "benchmarks" / "features.py", "--memory-of", str(few), str(many)],
+        check=True, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    used = json.loads(done.stdout)
+    return used[str(many)] - used[str(few)]
 
 
-def test_memory_does_not_hold_the_features(tmp_path):
+def test_memory_does_not_hold_the_features():
     """600 tiles are 82 MB of features."""
-    grown = memory(tmp_path, 300, 900)
-    assert grown[900] - grown[300] < 40
+    assert growth(300, 900) < 40
 
 
 @pytest.mark.slow
-def test_memory_is_flat_from_1000_to_20000_tiles(tmp_path):
-    grown = memory(tmp_path, 1000, 20000)
-    assert grown[20000] - grown[1000] <= MAX_GROWTH
+def test_memory_is_flat_from_1000_to_20000_tiles():
+    assert growth(1000, 20000) <= MAX_GROWTH
