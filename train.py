@@ -19,16 +19,14 @@ from tqdm import tqdm
 
 from pixcell_min import checkpoint
 from pixcell_min.adapter import EmbeddingAdapter, save_adapter
-from pixcell_min.base import (features_hash, find_base, load_pixcell_base, read_vae_config,
-                              vae_weights)
+from pixcell_min.base import features_hash, load_pixcell_base, read_vae_config, vae_weights
 from pixcell_min.config import Config, parse_train, read_yaml, to_yaml
-from pixcell_min.data import (batch_indices, find_tiles, fit_tile, load_tiles, read_tile,
-                              split_tiles)
-from pixcell_min.features import cached_features, encode_images, encode_tiles
+from pixcell_min.data import batch_indices, find_tiles, fit_tile, read_tile, split_tiles
+from pixcell_min.features import cached_images, encode_images
 from pixcell_min.images import image_grid, save_png
 from pixcell_min.lora import (count_parameters, inject_lora, load_lora_state_dict, lora_disabled,
                               lora_parameters, lora_state_dict, save_lora)
-from pixcell_min.precomputed import files_of, find_precomputed, read_precomputed
+from pixcell_min.precomputed import cached_precomputed, find_precomputed
 from pixcell_min.tools.synthetic import SECOND, write_dataset
 from pixcell_min.training import (build_optimizer, build_scaler, diffusion_loss, draw_batch,
                                   generator_for, optimizer_step, rate_factor, validation_loss)
@@ -42,7 +40,8 @@ STATE, LORA, ADAPTER = "state.pt", "lora_weights.safetensors", "adapter.safetens
 SETTINGS, TILES = "config.yaml", "tiles.json"
 METRICS, GRID = "metrics.jsonl", "samples/grid.png"
 # Settings that a resumed run may change: they touch neither a drawn number nor a weight.
-FREE_ON_RESUME = {"out", "cache", "decode_workers", "save_every", "validate_every", "sample_count", "guidance_scale"}
+FREE_ON_RESUME = {"out", "cache", "decode_workers", "save_every", "validate_every", "sample_count",
+                  "guidance_scale"}
 
 
 def main(argv=None) -> int:
@@ -202,57 +201,26 @@ def load_features(config: Config, pipeline, tiles):
     """(features of all readable tiles, from the cache where it has them; training, held-out tiles).
 
     Cached before they are split: another seed or share finds its features in the cache. VAE and
-    encoder are let go of afterwards.
+    encoder are loaded on a miss only, and let go of afterwards.
     """
-    read = precomputed_features if config.features else image_features
-    features = read(config, pipeline, tiles, lambda line: print(line, file=sys.stderr))
+    sizes, vae = pipeline.transformer.config, read_vae_config(config.base)
+    common = {"strict": config.strict_data, "workers": config.decode_workers,
+              "report": lambda line: print(line, file=sys.stderr)}
+    if config.features:
+        if config.sample_count:  # said now, not after the training: the grid decodes
+            vae_weights(config.base, "; or choose --sample-count 0")
+        features = cached_precomputed(config.cache, tiles, sizes, vae, **common)
+    else:
+        features = cached_images(
+            config.cache, tiles, lambda images: encode_images(
+                images, pipeline.vae, pipeline.encoder, pipeline.device),
+            base_hash=features_hash(config.base), size=sizes.sample_size * vae.downscale,
+            how=config.tile_fit, dihedral=config.dihedral, batch_size=config.batch_size, **common)
     pipeline.release()
     training, validation = split_tiles(features.tiles, config.validation_fraction, config.seed)
     print(f"tiles: {len(training)} to train on, {len(validation)} held out; latents and embeddings "
-          f"in {features.variants} variant(s) each: {features.nbytes / 1e6:.0f} MB on disk, "
-          f"memory-mapped")
+          f"in {features.variants} variant(s) each, {features.nbytes / 1e6:.0f} MB, memory-mapped")
     return features, training, validation
-
-
-def image_features(config: Config, pipeline, tiles, report):
-    """Features of images, computed with the base's VAE and encoder, which are loaded on a miss."""
-    size = pipeline.transformer.config.sample_size * read_vae_config(config.base).downscale
-
-    def encode(images):
-        return encode_images(images, pipeline.vae, pipeline.encoder, pipeline.device)
-
-    def compute(missing):
-        bar = tqdm(missing, "encoding", unit="tile", disable=None)  # none where stderr is a file
-        loaded = load_tiles(bar, size, config.tile_fit, config.strict_data, report,
-                            config.decode_workers)
-        return encode_tiles(loaded, encode, config.batch_size, config.dihedral)
-
-    return cached_features(
-        config.cache, tiles, compute, report=report, workers=config.decode_workers,
-        settings={"base": features_hash(config.base), "size": size, "tile_fit": config.tile_fit,
-                  "dihedral": config.dihedral})
-
-
-def precomputed_features(config: Config, pipeline, tiles, report):
-    """Features of the authors' files; of the base, only its sizes and latent scale are read."""
-    if config.sample_count:
-        try:
-            vae_weights(find_base(config.base))
-        except ValueError as error:  # said now, not after the training
-            raise ValueError(f"{error}; the sample grid needs them: --sample-count 0") from None
-    vae, sizes = read_vae_config(config.base), pipeline.transformer.config
-    latents = sizes.in_channels, sizes.sample_size, sizes.sample_size
-    embedding = sizes.caption_num_tokens, sizes.caption_channels
-
-    def compute(missing):
-        bar = tqdm(missing, "reading", unit="tile", disable=None)
-        return read_precomputed(bar, latents, embedding, vae.scaling_factor, vae.shift_factor,
-                                config.strict_data, report)
-
-    return cached_features(
-        config.cache, tiles, compute, report=report, workers=config.decode_workers,
-        files_of=files_of, settings={"latents": latents, "embedding": embedding,
-                                     "scale": vae.scaling_factor, "shift": vae.shift_factor})
 
 
 def procedural_tiles(config: Config) -> Path:

@@ -43,19 +43,20 @@ def encoder_folder(base: Path) -> Path:
         base, (base / "uni", base.parent / "uni2-h"), "config.json", "tile encoder (UNI2-h)")
 
 
-def vae_weights(base: Path) -> Path:
+def vae_weights(base, advice: str = "") -> Path:
     """File of the VAE weights of `base`. Raises: ValueError naming where it was looked for."""
+    base = find_base(base)
     beside = base.parent / "sd3-vae"
     folders = (base / "vae", beside, beside / "vae")
-    return _first(base, folders, VAE_WEIGHTS, "VAE weights") / VAE_WEIGHTS
+    return _first(base, folders, VAE_WEIGHTS, "VAE weights", advice) / VAE_WEIGHTS
 
 
-def _first(base, folders, name, what):
+def _first(base, folders, name, what, advice=""):
     for folder in folders:
         if (folder / name).is_file():
             return folder
     looked = ", ".join(str(folder / name) for folder in folders)
-    raise ValueError(f"{base}: no {what}; looked for {looked} (see README: weights)")
+    raise ValueError(f"{base}: no {what}; looked for {looked} (see README: weights){advice}")
 
 
 def load_pixcell_base(path=None, device="auto", mixed_precision="auto") -> PixCellPipeline:

@@ -18,9 +18,10 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from pixcell_min.checkpoint import file_hash, read_tensors, save_tensors, write_text
-from pixcell_min.data import Tile, image_to_tensor
+from pixcell_min.data import Tile, image_to_tensor, load_tiles
 
 DIHEDRAL = (None, *Image.Transpose)  # the identity and Pillow's 7 turns and mirrorings
 CACHE_VERSION = 2  # raise it whenever the same input would give other features
@@ -122,6 +123,23 @@ def encode_tiles(loaded, encode: Callable, batch_size: int, dihedral: bool = Fal
         if len(tiles) % len(turns) == 0:
             yield tiles[::len(turns)], tuple(torch.cat(c) for c in zip(*parts, strict=True))
             tiles, parts = [], []
+
+
+def cached_images(cache_folder, tiles, encode: Callable, *, base_hash: str, size: int, how: str,
+                  dihedral: bool, strict: bool, batch_size: int, report: Callable,
+                  workers: int = 1) -> Features:
+    """`cached_features` of images: loaded by `load_tiles`, encoded by `encode_tiles`.
+
+    base_hash: of VAE and encoder. Raises: ValueError as `cached_features` and `load_tiles`.
+    """
+    def compute(missing):
+        bar = tqdm(missing, "encoding", unit="tile", disable=None)  # none where stderr is a file
+        return encode_tiles(load_tiles(bar, size, how, strict, report, workers), encode,
+                            batch_size, dihedral)
+
+    return cached_features(
+        cache_folder, tiles, compute, report=report, workers=workers,
+        settings={"base": base_hash, "size": size, "tile_fit": how, "dihedral": dihedral})
 
 
 def cached_features(cache_folder, tiles, compute: Callable, *, settings: dict, report: Callable,

@@ -8,12 +8,15 @@ once: mean becomes (mean − shift)·scale, std becomes std·scale, which gives 
 Reading needs neither VAE nor encoder. There are no dihedral variants: embeddings cannot be turned.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from pixcell_min.data import Tile
+from pixcell_min.features import Features, cached_features
 
 LATENTS, EMBEDDING = "_sd3_vae.npy", "_uni.npy"
 
@@ -41,6 +44,25 @@ def files_of(tile: Tile) -> list[Path]:
     """The two files of a tile: latents, embedding."""
     name = tile.path.name.removesuffix(LATENTS)
     return [tile.path, tile.path.with_name(name + EMBEDDING)]
+
+
+def cached_precomputed(cache_folder, tiles, config, vae_config, *, strict: bool, report: Callable,
+                       workers: int = 1) -> Features:
+    """`cached_features` of the files, for a transformer and a VAE of these configs.
+
+    Raises: ValueError as `cached_features` and `read_precomputed`.
+    """
+    latents = config.in_channels, config.sample_size, config.sample_size
+    embedding = config.caption_num_tokens, config.caption_channels
+    scale, shift = vae_config.scaling_factor, vae_config.shift_factor
+
+    def compute(missing):
+        bar = tqdm(missing, "reading", unit="tile", disable=None)  # none where stderr is a file
+        return read_precomputed(bar, latents, embedding, scale, shift, strict, report)
+
+    return cached_features(
+        cache_folder, tiles, compute, report=report, workers=workers, files_of=files_of,
+        settings={"latents": latents, "embedding": embedding, "scale": scale, "shift": shift})
 
 
 def read_precomputed(tiles, latents_shape, embedding_shape, scale: float, shift: float,
@@ -74,16 +96,15 @@ def read_precomputed(tiles, latents_shape, embedding_shape, scale: float, shift:
 
 def _read(path):
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)  # a cut file shows at once
+        array = np.lib.format.open_memmap(path, mode="r")  # no pickles; a cut file shows at once
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; a tile needs both {LATENTS} and "
                          f"{EMBEDDING}") from None
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:100]
         raise ValueError(f"{path}: broken or not a NumPy array ({reason})") from None
-    if not isinstance(array, np.ndarray) or array.dtype not in (np.float16, np.float32):
-        kind = getattr(array, "dtype", type(array).__name__)
-        raise ValueError(f"{path}: holds {kind}, expected float16 or float32")
+    if array.dtype not in (np.float16, np.float32):
+        raise ValueError(f"{path}: holds {array.dtype}, expected float16 or float32")
     if not np.isfinite(array).all():
         raise ValueError(f"{path}: holds NaN or infinity")
     return array
