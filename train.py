@@ -19,14 +19,15 @@ import torch
 from tqdm import tqdm
 
 from pixcell_min.adapter import EmbeddingAdapter
-from pixcell_min.base import features_hash, load_pixcell_base
-from pixcell_min.checkpoint import content_hash
+from pixcell_min.base import features_hash, load_pixcell_base, read_vae_config, vae_weights
 from pixcell_min.config import Config, parse_train, read_yaml, to_yaml
-from pixcell_min.data import cached_features, find_tiles, split_tiles
+from pixcell_min.data import find_tiles, split_tiles
 from pixcell_min.ema import averaged, update_averages
+from pixcell_min.features import cached_images, encode_images
 from pixcell_min.lora import count_parameters, inject_lora, lora_parameters
 from pixcell_min.monitor import draw_curve, draw_grid, estimate, open_tensorboard
 from pixcell_min.precision import make_deterministic
+from pixcell_min.precomputed import cached_precomputed, find_precomputed
 from pixcell_min.runs import (GRID, SETTINGS, StopSignals, check_new, check_writable,
                               describe_session, kept, load_state, log, read_log, require_state,
                               resume_command, resume_run, save_shared, save_state, start_run,
@@ -42,8 +43,8 @@ PROCEDURAL_TILES = 72  # 8 of each tissue
 PROCEDURAL_SEED = 10**9  # the base's pretraining used lower ones: the same tissue in another stain
 MAX_VALIDATION_TILES = 64  # spread over the held-out tiles; more would take longer than training
 # Settings that a resumed run may change: they touch neither a drawn number nor a weight.
-FREE_ON_RESUME = {"out", "cache", "save_every", "validate_every", "sample_count", "guidance_scale",
-                  "keep_states", "sample_every"}
+FREE_ON_RESUME = {"out", "cache", "decode_workers", "save_every", "validate_every", "sample_count",
+                  "guidance_scale", "keep_states", "sample_every"}
 
 
 def main(argv=None) -> int:
@@ -77,7 +78,8 @@ def train(config: Config, options, command) -> int:
     check_run_folder(run, config, options)
     if config.deterministic:
         make_deterministic()
-    tiles = find_tiles(config.data or procedural_tiles(config))
+    tiles = (find_precomputed(config.features) if config.features else
+             find_tiles(config.data or procedural_tiles(config)))
     pipeline = load_pixcell_base(config.base, config.device, config.mixed_precision)
     transformer, schedule, dtype = pipeline.transformer, pipeline.schedule, pipeline.dtype
     state = make_trainable(config, pipeline)
@@ -85,7 +87,7 @@ def train(config: Config, options, command) -> int:
     training_rows = features.rows(training)
     # What a saved state must agree with to be continued.
     identity = {"base_hash": pipeline.base_hash, "dtype": str(dtype),
-                "tiles": content_hash(features.embeddings[training_rows])}
+                "tiles": features.fingerprint(training_rows)}
     total = total_steps(config, len(training))
     classes = group_by_class(training) if config.class_balanced else None
     batches_of = partial(draw_micro_batches, features, training_rows, schedule, config.batch_size,
@@ -115,8 +117,8 @@ def train(config: Config, options, command) -> int:
 
     def draw(name):
         draw_grid(run / name, pipeline, state.adapter, features,
-                  spread(validation, config.sample_count), config.tile_fit, config.guidance_scale,
-                  config.seed)
+                  spread(validation, config.sample_count),
+                  None if config.features else config.tile_fit, config.guidance_scale, config.seed)
 
     def save():
         save_state(run, identity, state, config.keep_states)
@@ -228,7 +230,8 @@ def preview(config: Config) -> None:
     def comment(line):
         print("#", line)
 
-    count = len(find_tiles(config.data)) if config.data else PROCEDURAL_TILES
+    count = (len(find_precomputed(config.features)) if config.features else
+             len(find_tiles(config.data)) if config.data else PROCEDURAL_TILES)
     pipeline = load_pixcell_base(config.base, config.device, config.mixed_precision)
     state = make_trainable(config, pipeline, comment)
     held_out = min(max(round(count * config.validation_fraction), 1), count - 1)
@@ -286,20 +289,26 @@ def make_trainable(config: Config, pipeline, report=print) -> TrainingState:
 def load_features(config: Config, pipeline, tiles):
     """(features of all readable tiles, from the cache where it has them; training, held-out tiles).
 
-    Cached before they are split: another seed or share finds its features in the cache.
+    Cached before they are split: another seed or share finds its features in the cache. VAE and
+    encoder are loaded on a miss only, and let go of afterwards.
     """
-    features = cached_features(
-        config.cache, tiles, pipeline.vae,
-        lambda images: pipeline.encoder(images),  # loaded on a miss only
-        base_hash=features_hash(config.base),
-        size=pipeline.transformer.config.sample_size * pipeline.vae.downscale,
-        how=config.tile_fit, dihedral=config.dihedral, strict=config.strict_data,
-        batch_size=config.batch_size, device=pipeline.device,
-        report=lambda line: print(line, file=sys.stderr))
+    sizes, vae = pipeline.transformer.config, read_vae_config(config.base)
+    common = {"strict": config.strict_data, "workers": config.decode_workers,
+              "report": lambda line: print(line, file=sys.stderr)}
+    if config.features:
+        if config.sample_count:  # said now, not after the training: the grid decodes
+            vae_weights(config.base, "; or choose --sample-count 0")
+        features = cached_precomputed(config.cache, tiles, sizes, vae, **common)
+    else:
+        features = cached_images(
+            config.cache, tiles, lambda images: encode_images(
+                images, pipeline.vae, pipeline.encoder, pipeline.device),
+            base_hash=features_hash(config.base), size=sizes.sample_size * vae.downscale,
+            how=config.tile_fit, dihedral=config.dihedral, batch_size=config.batch_size, **common)
+    pipeline.release()
     training, validation = split_tiles(features.tiles, config.validation_fraction, config.seed)
-    held = sum(t.nbytes for t in (features.mean, features.std, features.embeddings))
     print(f"tiles: {len(training)} to train on, {len(validation)} held out; latents and embeddings "
-          f"of {features.variants} variants each hold {held / 1e6:.0f} MB of memory")
+          f"in {features.variants} variant(s) each, {features.nbytes / 1e6:.0f} MB, memory-mapped")
     return features, training, validation
 
 

@@ -17,7 +17,7 @@ from pixcell_min.transformer import WEIGHTS_NAME as TRANSFORMER_WEIGHTS
 from pixcell_min.transformer import PixCellTransformer
 from pixcell_min.uni import WEIGHT_NAMES, TileEncoder
 from pixcell_min.vae import WEIGHTS_NAME as VAE_WEIGHTS
-from pixcell_min.vae import AutoencoderKL
+from pixcell_min.vae import AutoencoderKL, VAEConfig
 
 NANO = "weights/pixcell-nano"
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -43,37 +43,50 @@ def encoder_folder(base: Path) -> Path:
         base, (base / "uni", base.parent / "uni2-h"), "config.json", "tile encoder (UNI2-h)")
 
 
-def vae_weights(base: Path) -> Path:
+def vae_weights(base, advice: str = "") -> Path:
     """File of the VAE weights of `base`. Raises: ValueError naming where it was looked for."""
+    base = find_base(base)
     beside = base.parent / "sd3-vae"
     folders = (base / "vae", beside, beside / "vae")
-    return _first(base, folders, VAE_WEIGHTS, "VAE weights") / VAE_WEIGHTS
+    return _first(base, folders, VAE_WEIGHTS, "VAE weights", advice) / VAE_WEIGHTS
 
 
-def _first(base, folders, name, what):
+def _first(base, folders, name, what, advice=""):
     for folder in folders:
         if (folder / name).is_file():
             return folder
     looked = ", ".join(str(folder / name) for folder in folders)
-    raise ValueError(f"{base}: no {what}; looked for {looked} (see README: weights)")
+    raise ValueError(f"{base}: no {what}; looked for {looked} (see README: weights){advice}")
 
 
 def load_pixcell_base(path=None, device="auto", mixed_precision="auto") -> PixCellPipeline:
     """Load a base (default: $PIXCELL_BASE, else pixcell-nano) as a pipeline in float32 weights.
 
     device: auto, cpu, cuda…; mixed_precision: auto, no, fp16 or bf16, the autocast of the denoiser.
-    The encoder is loaded when first used. Raises: ValueError if a file is missing, broken or does
-    not fit.
+    VAE and encoder are loaded when first used. Raises: ValueError if a file is missing, broken or
+    does not fit.
     """
     base, device = find_base(path), choose_device(device)
     schedule = NoiseSchedule.from_config(read_json(base / "scheduler" / "scheduler_config.json"))
     transformer = PixCellTransformer.from_pretrained(
         base / "transformer").requires_grad_(False).to(device)
-    vae = AutoencoderKL.from_pretrained(
-        base / "vae", vae_weights(base)).requires_grad_(False).to(device)
-    return PixCellPipeline(transformer, vae, partial(load_encoder, base, device), schedule,
-                           base_hash=file_hash(base / "transformer" / TRANSFORMER_WEIGHTS), device=device,
-                           dtype=choose_dtype(mixed_precision, device))
+    return PixCellPipeline(transformer, partial(load_vae, base, device),
+                           partial(load_encoder, base, device), schedule,
+                           base_hash=file_hash(base / "transformer" / TRANSFORMER_WEIGHTS),
+                           device=device, dtype=choose_dtype(mixed_precision, device))
+
+
+def load_vae(base=None, device="auto") -> AutoencoderKL:
+    """The frozen autoencoder of a base folder, float32. Raises: ValueError: missing or broken."""
+    base = find_base(base)
+    vae = AutoencoderKL.from_pretrained(base / "vae", vae_weights(base))
+    return vae.requires_grad_(False).to(choose_device(str(device)))
+
+
+def read_vae_config(base=None) -> VAEConfig:
+    """The autoencoder's sizes, latent scale and shift, without its weights. Raises: ValueError."""
+    path = find_base(base) / "vae" / "config.json"
+    return VAEConfig.from_dict(read_json(path), path)
 
 
 def load_encoder(base=None, device="auto") -> TileEncoder:

@@ -128,6 +128,8 @@ class Config:
 
     data: str | None = _setting(
         None, TEXT_OR_NULL, "path", "folder of class folders or of images; null: procedural tiles")
+    features: str | None = _setting(
+        None, TEXT_OR_NULL, "path", "folder of precomputed *_sd3_vae.npy, *_uni.npy instead of data")
     base: str = _setting(
         "weights/pixcell-nano", TEXT, "path", "base model: transformer/ vae/ scheduler/ uni/")
     out: str = _setting("runs/lora", TEXT, "path", "run folder")
@@ -191,6 +193,7 @@ class Config:
     tile_fit: str = _setting(
         "resize", one_of("resize", "pad"), "name",
         "tiles of another size; pad: mirrored margins, scale kept")
+    decode_workers: int = _setting(2, positive_int, "threads", "that read and decode tiles ahead")
     strict_data: bool = _setting(False, FLAG, "switch", "stop at an unreadable tile, else skip it")
     dihedral: bool = _setting(True, FLAG, "switch", "train on all 8 turns and mirrorings")
     gradient_checkpointing: bool = _setting(False, FLAG, "switch", "less memory for more time")
@@ -201,6 +204,8 @@ class Config:
         for field in dataclasses.fields(self):
             value = _checked(field, getattr(self, field.name), "Config")
             object.__setattr__(self, field.name, value)
+        if self.data is not None and self.features is not None:
+            raise ValueError("Config: data and features are both given; expected one of the two")
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}

@@ -1,15 +1,13 @@
-"""Tiles on disk → cached latents and embeddings → batches of row numbers.
+"""Tiles on disk → RGB images of one size; which tiles make up the batch of any micro-step.
 
-Reads a folder, turns every file into RGB of one size, encodes it once (mean and std of latents,
-embedding tokens), and says which tiles make up the batch of any micro-step. It knows no network
-(VAE and encoder are arguments) and remembers no position. Rows of feature tensors: tile · V +
-variant, V = 8 dihedral variants or 1. Latents are drawn at each use: mean + std · noise.
+Reads a folder, splits it into training and held-out tiles, decodes ahead in threads. It knows no
+network and remembers no position.
 """
 
 import hashlib
-import os
 import struct
-from collections import defaultdict
+from collections import defaultdict, deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,16 +15,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from tqdm import tqdm
-
-from pixcell_min.checkpoint import file_hash, read_tensors, save_tensors
 
 SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".webp", ".bmp")
 FORMATS = ("TIFF", "PNG", "JPEG", "WEBP", "BMP")  # else an EPS named .png would start Ghostscript
 MAX_TILE_PIXELS = 2**26  # 8192 × 8192: a tile, not a slide and not a decompression bomb
 PHOTOMETRIC = 262  # the TIFF tag; 0 means that white is zero
-DIHEDRAL = (None, *Image.Transpose)  # the identity and Pillow's 7 turns and mirrorings
-CACHE_VERSION = 1  # raise it whenever the same input would give other features
+DECODE_AHEAD = 4  # tiles per thread that wait for whoever encodes them
 # What Pillow lets out on broken files: the first five were seen on a million damaged ones.
 DECODE_ERRORS = (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError,
                  LookupError, ArithmeticError, EOFError, struct.error)
@@ -161,135 +155,32 @@ def split_tiles(tiles, validation_fraction: float, seed: int) -> tuple[list[Tile
     return [t for t in tiles if t not in held_out], [t for t in tiles if t in held_out]
 
 
-def load_tiles(tiles, size: int, how: str, strict: bool, report):
+def load_tiles(tiles, size: int, how: str, strict: bool, report, workers: int = 1):
     """Yield (tile, RGB image of size × size) for every readable tile of the list, in order.
 
-    An unreadable one is named to `report(line)` and skipped; a last line counts them. Raises:
-    ValueError at the first unreadable tile if `strict`, and at the end if none was readable.
+    `workers` threads decode ahead (Pillow lets go of Python's lock there). An unreadable tile is
+    named to `report(line)` and skipped. Raises: ValueError at the first one if `strict`.
     """
-    skipped = 0
-    for tile in tiles:
-        image = _read_or_report(tile, strict, report)
-        if image is None:
-            skipped += 1
-        else:
-            yield tile, fit_tile(image, size, how)
-    if skipped == len(tiles):
-        raise ValueError(f"no readable tile: {skipped} of {len(tiles)} files failed")
-    if skipped:
-        report(f"{skipped} of {len(tiles)} tiles could not be read and were skipped")
+    ahead, waiting = iter(tiles), deque()
+    with ThreadPoolExecutor(workers) as pool:
+        while True:
+            waiting.extend((tile, pool.submit(_load, tile, size, how)) for tile in
+                           islice(ahead, workers * DECODE_AHEAD - len(waiting)))
+            if not waiting:
+                return
+            tile, future = waiting.popleft()
+            try:
+                image = future.result()
+            except ValueError as error:
+                if strict:
+                    raise
+                report(f"skipped {error}")
+            else:
+                yield tile, image
 
 
-def _read_or_report(tile, strict, report):
-    try:
-        return read_tile(tile.path)
-    except ValueError as error:
-        if strict:
-            raise
-        report(f"skipped {error}")
-        return None
-
-
-@dataclass(frozen=True)
-class Features:
-    """What training reads, on the CPU: N tiles in V variants each; row = tile · V + variant."""
-
-    mean: torch.Tensor  # (N·V, C, H, W) float32, scaled latents
-    std: torch.Tensor  # (N·V, C, H, W) float32
-    embeddings: torch.Tensor  # (N·V, S, E) float32
-    tiles: list[Tile]  # N, the readable ones
-
-    @property
-    def variants(self) -> int:
-        """V: 8 with dihedral variants, else 1."""
-        return len(self.mean) // len(self.tiles)
-
-    def rows(self, tiles) -> torch.Tensor:
-        """The row of each tile's unturned variant, (len(tiles),) int64."""
-        position = {tile: index for index, tile in enumerate(self.tiles)}
-        return torch.tensor([position[tile] * self.variants for tile in tiles])
-
-    def draw_variants(self, rows: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Unturned rows (B,) → rows of variants drawn uniformly with `generator`, (B,) int64."""
-        return rows + torch.randint(self.variants, rows.shape, generator=generator)
-
-    def sample_latents(self, rows: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        """Draw latents mean + std · noise with `generator` (CPU): rows (B,) → (B, C, H, W)."""
-        mean = self.mean[rows]
-        return mean + self.std[rows] * torch.randn(mean.shape, generator=generator)
-
-
-def encode_tiles(images, vae, encoder, batch_size: int, device="cpu", dihedral: bool = False):
-    """RGB images → (mean, std, embeddings) float32 on the CPU, rows ordered as in `Features`.
-
-    `vae.encode(pixels (B, 3, H, W) in [−1, 1]) -> (mean, logvar)` of the scaled latents;
-    `encoder(list of B images) -> (B, S, E)`; both see the same turned images, B <= batch_size.
-    Raises: ValueError if a result is not finite.
-    """
-    turns = DIHEDRAL if dihedral else (None,)
-    stream = (im if turn is None else im.transpose(turn) for im in images for turn in turns)
-    parts = []
-    with torch.no_grad():
-        while batch := list(islice(stream, batch_size)):
-            pixels = torch.stack([image_to_tensor(image) for image in batch])
-            mean, logvar = vae.encode(pixels.to(device))
-            outputs = mean, (0.5 * logvar.float()).exp(), encoder(batch)
-            if not all(output.isfinite().all() for output in outputs):
-                raise ValueError("latents or embeddings are not finite; check the base's weights")
-            parts.append([output.float().cpu() for output in outputs])
-    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
-
-
-def cached_features(cache_folder, tiles, vae, encoder, *, base_hash: str, size: int, how: str,
-                    dihedral: bool, strict: bool, batch_size: int, device, report) -> Features:
-    """`encode_tiles` of all readable tiles, computed once and kept in one file of `cache_folder`.
-
-    Its name is a hash of the tiles' contents in order, size, how, dihedral and `base_hash` (of VAE
-    and encoder): change one and another file is made. A broken file is reported and replaced.
-    Raises: ValueError as `load_tiles` and `encode_tiles` do, or if the folder cannot be written.
-    """
-    contents = [file_hash(t.path) if os.access(t.path, os.R_OK) else None for t in tiles]
-    settings = (CACHE_VERSION, contents, size, how, dihedral, base_hash)
-    key = hashlib.sha256(repr(settings).encode()).hexdigest()
-    path = Path(cache_folder) / f"features-{key[:16]}.safetensors"
-    if path.exists() and (features := _read_cache(path, key, tiles, strict, report)) is not None:
-        return features
-    position, kept = {tile: index for index, tile in enumerate(tiles)}, []
-
-    def images():
-        bar = tqdm(tiles, "encoding", unit="tile", disable=None)  # none where stderr is a file
-        for tile, image in load_tiles(bar, size, how, strict, report):
-            kept.append(position[tile])
-            yield image
-
-    mean, std, embeddings = encode_tiles(images(), vae, encoder, batch_size, device, dihedral)
-    stored = {"mean": mean, "std": std, "embeddings": embeddings, "kept": torch.tensor(kept)}
-    save_tensors(path, stored, {"key": key, "digest": _digest(stored)})
-    return Features(mean, std, embeddings, [tiles[index] for index in kept])
-
-
-def _digest(tensors):
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(f"{name} {tuple(tensors[name].shape)}".encode())
-        digest.update(tensors[name].flatten().numpy())
-    return digest.hexdigest()
-
-
-def _read_cache(path, key, tiles, strict, report):
-    """The stored features, or None if they are broken or lack a tile that can be read by now."""
-    try:
-        stored, header = read_tensors(path)
-        if header.get("key") != key or header.get("digest") != _digest(stored):
-            raise ValueError(f"{path}: damaged, its contents do not fit its checksum")
-    except ValueError as error:
-        report(f"{error}; the features are computed again")
-        return None
-    kept = stored.pop("kept").tolist()
-    skipped = sorted(set(range(len(tiles))) - set(kept))
-    if any(_read_or_report(tiles[index], strict, report) for index in skipped):
-        return None
-    return Features(**stored, tiles=[tiles[index] for index in kept])
+def _load(tile, size, how):
+    return fit_tile(read_tile(tile.path), size, how)
 
 
 def batch_indices(num_tiles: int, batch_size: int, micro_step: int, seed: int) -> torch.Tensor:

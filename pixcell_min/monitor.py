@@ -26,18 +26,25 @@ INK = {"training": "#b8c8e0", "training, smoothed": "#1f5fbf", "validation": "#d
 
 
 def draw_grid(path, pipeline, adapter, features, tiles, tile_fit, guidance_scale, seed) -> None:
-    """Tiles beside what base and adapted model draw from them, a row each, as PNG."""
+    """Tiles beside what base and adapted model draw from them, a row each, as PNG.
+
+    tile_fit None: there are no images, and what the VAE makes of the latents stands for them.
+    """
     training = pipeline.transformer.training, adapter.training
     pipeline.transformer.eval(), adapter.eval()
     embeddings = features.embeddings[features.rows(tiles)].to(pipeline.device)
-    size = pipeline.transformer.config.sample_size * pipeline.vae.downscale
     settings = {"num_inference_steps": GRID_STEPS, "scheduler": "dpmpp_2m", "seed": seed,
                 "guidance_scale": guidance_scale}
     with torch.no_grad():
         adapted = pipeline(adapter(embeddings), **settings).images
         with lora_disabled(pipeline.transformer):
             base = pipeline(embeddings, **settings).images
-    real = [fit_tile(read_tile(tile.path), size, tile_fit) for tile in tiles]
+    if tile_fit is None:
+        real = [pipeline.decode(features.mean[row][None].to(pipeline.device))
+                for row in features.rows(tiles)]
+    else:
+        size = pipeline.transformer.config.sample_size * pipeline.vae.downscale
+        real = [fit_tile(read_tile(tile.path), size, tile_fit) for tile in tiles]
     grid = image_grid(list(zip(real, base, adapted)), ("real, held out", "base", "adapted"))
     save_png(path, grid, {**settings, "tiles": [tile.path.name for tile in tiles]})
     pipeline.transformer.train(training[0]), adapter.train(training[1])

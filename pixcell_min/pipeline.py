@@ -63,21 +63,31 @@ def denoise(transformer, sampler, condition, generator, *, num_inference_steps=5
 
 
 class PixCellPipeline:
-    """A loaded base: transformer, vae, encoder (loaded at first use), schedule and base_hash."""
+    """A loaded base: transformer, schedule, base_hash; vae and encoder are loaded at first use."""
 
-    def __init__(self, transformer, vae, load_encoder: Callable, schedule: NoiseSchedule, *,
-                 base_hash, device, dtype=None):
+    def __init__(self, transformer, load_vae: Callable, load_encoder: Callable,
+                 schedule: NoiseSchedule, *, base_hash, device, dtype=None):
         """base_hash: SHA-256 of the transformer file, named by LoRAs; dtype: autocast's or None."""
-        self.transformer, self.vae, self.schedule = transformer, vae, schedule
+        self.transformer, self.schedule = transformer, schedule
         self.base_hash, self.device, self.dtype = base_hash, torch.device(device), dtype
-        self._load_encoder = load_encoder
+        self._load_vae, self._load_encoder = load_vae, load_encoder
         # q·k may pass the largest float16; elsewhere the switch changes nothing but speed.
         transformer.set_float32_attention(dtype == torch.float16)
+
+    @cached_property
+    def vae(self):
+        """The frozen autoencoder: pixels ↔ latents."""
+        return self._load_vae()
 
     @cached_property
     def encoder(self):
         """The frozen tile encoder: PIL image(s) or tensors → embeddings (B, S, E)."""
         return self._load_encoder()
+
+    def release(self) -> None:
+        """Let go of vae and encoder, which training does not need; the next use loads them again."""
+        for name in ("vae", "encoder"):
+            self.__dict__.pop(name, None)  # where cached_property keeps it
 
     def load_lora_weights(self, path, scale=1.0, fuse=False) -> dict[str, str]:
         """Wrap the base with a LoRA file, if `fuse` merged into the weights; → the file's header.
@@ -125,6 +135,7 @@ class PixCellPipeline:
         if not math.isfinite(guidance_scale):
             raise ValueError(f"guidance_scale is {guidance_scale}, expected a finite number")
         sampler = build_scheduler(scheduler, self.schedule, eta=eta)
+        _ = self.vae  # loaded now: that its file is missing should not be said after the drawing
         progress = progress or (
             lambda steps: tqdm(steps, "denoising", unit="step", leave=False, disable=None))
         images = []

@@ -64,6 +64,11 @@ class VAEConfig:
                              f"norm_num_groups {groups}")
         return cls(**{**values, "block_out_channels": tuple(values["block_out_channels"])})
 
+    @property
+    def downscale(self) -> int:
+        """Pixels per latent cell and side: 8."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
 
 class ResnetBlock(nn.Module):
     """x + conv(SiLU(norm(conv(SiLU(norm(x)))))), with a 1×1 shortcut where the width changes."""
@@ -192,7 +197,7 @@ class AutoencoderKL(nn.Module):
         super().__init__()
         self.config = config
         self.encoder, self.decoder = Encoder(config), Decoder(config)
-        self.downscale = 2 ** (len(config.block_out_channels) - 1)  # pixels per latent cell, 8
+        self.downscale = config.downscale
 
     @classmethod
     def from_pretrained(cls, folder, weights=None, dtype=torch.float32):

@@ -10,7 +10,8 @@ from PIL import Image
 import pixcell_min
 from pixcell_min import base as module
 from pixcell_min.base import (
-    encoder_folder, features_hash, find_base, load_encoder, load_pixcell_base, vae_weights,
+    encoder_folder, features_hash, find_base, load_encoder, load_pixcell_base, read_vae_config,
+    vae_weights,
 )
 from pixcell_min.checkpoint import file_hash
 from pixcell_min.transformer import WEIGHTS_NAME
@@ -69,12 +70,20 @@ def test_a_relative_base_stays_the_same_after_a_change_of_folder(own_base, tmp_p
     "scheduler/scheduler_config.json"])
 def test_a_missing_part_is_named(own_base, part):
     (own_base / part).unlink()
-    assert refusal(load_pixcell_base, own_base).startswith(str(own_base / part))
+    assert refusal(lambda: load_pixcell_base(own_base).vae).startswith(str(own_base / part))
+
+
+def test_vae_sizes_without_weights(own_base):
+    (own_base / "vae" / WEIGHTS_NAME).unlink()
+    config = read_vae_config(own_base)
+    assert (config.scaling_factor, config.shift_factor, config.downscale) == (1.5305, 0.0609, 8)
 
 
 def test_missing_vae_weights_name_every_place(own_base):
     (own_base / "vae" / WEIGHTS_NAME).unlink()
-    text = refusal(load_pixcell_base, own_base)
+    pipeline = load_pixcell_base(own_base)  # training from precomputed features needs no VAE
+    text = refusal(lambda: pipeline.vae)
+    assert refusal(pipeline, torch.zeros(16)) == text  # before drawing
     assert text.startswith(f"{own_base}: no VAE weights; looked for")
     for folder in (own_base / "vae", own_base.parent / "sd3-vae",
                    own_base.parent / "sd3-vae" / "vae"):

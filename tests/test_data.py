@@ -1,9 +1,10 @@
-"""data.py: files of every kind → RGB, fitting, splitting, the feature cache, the order of batches."""
+"""data.py: files of every kind → RGB, fitting, splitting, decoding ahead, the order of batches."""
 
 import io
 import os
 import random
 import struct
+import threading
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -14,9 +15,8 @@ import torch
 from PIL import Image
 
 from pixcell_min import data
-from pixcell_min.data import (
-    DIHEDRAL, Features, Tile, batch_indices, cached_features, encode_tiles, find_tiles, fit_tile,
-    image_to_tensor, load_tiles, read_tile, split_tiles, tensor_to_image)
+from pixcell_min.data import (Tile, batch_indices, find_tiles, fit_tile, image_to_tensor, load_tiles,
+                              read_tile, split_tiles, tensor_to_image)
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"  # real tiles; tests pass without them
 JPEG_ERROR = 3  # levels: what quality 100 without chroma subsampling changes on flat colour
@@ -51,26 +51,6 @@ def write_tiff_grey(path, levels, order="<", photometric=1, bits=16):
     directory += b"".join(struct.pack(order + "HHII", tag, 4, 1, value) for tag, value in tags)
     head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "I", 8 + len(pixels))
     path.write_bytes(head + pixels + directory + bytes(4))
-
-
-class StubVAE:
-    """Latents that show which pixels came in: means of 4×4 patches; std exactly 0.2."""
-
-    def encode(self, pixels):
-        assert pixels.dtype == torch.float32 and pixels.abs().max() <= 1
-        mean = torch.nn.functional.avg_pool2d(pixels, 4)
-        return mean, torch.full_like(mean, 2 * np.log(0.2))
-
-
-class StubEncoder:
-    """Embeddings that show which images came in: the top left pixel; counts its calls."""
-
-    def __init__(self):
-        self.batches = []
-
-    def __call__(self, images):
-        self.batches.append(len(images))
-        return torch.tensor([[image.getpixel((0, 0))] for image in images], dtype=torch.float64)
 
 
 @pytest.fixture
@@ -402,27 +382,27 @@ def test_split_without_classes_and_too_small():
 
 # ------------------------------------------------------------------------------------ load
 
-def test_load_names_counts_and_skips(folder):
+@pytest.mark.parametrize("workers", [1, 3])
+def test_load_names_and_skips(folder, workers):
     bad = folder / "A" / "1.tif"
     bad.write_bytes(b"broken")
     lines, tiles = [], find_tiles(folder)
-    loaded = list(load_tiles(tiles, 16, "pad", False, lines.append))
+    loaded = list(load_tiles(tiles, 16, "pad", False, lines.append, workers))
     assert [tile for tile, _ in loaded] == [t for t in tiles if t.path != bad]
-    assert all(image.size == (16, 16) and image.mode == "RGB" for _, image in loaded)
-    assert len(lines) == 2 and str(bad) in lines[0] and lines[1].startswith("1 of 5 tiles")
+    for tile, image in loaded:
+        assert image.mode == "RGB" and np.array_equal(image, fit_tile(read_tile(tile.path), 16, "pad"))
+    assert len(lines) == 1 and lines[0].startswith(f"skipped {bad}: cannot be read")
 
 
-def test_load_strict_stops_and_nothing_readable_raises(folder):
+def test_load_strict_stops_at_the_first_in_the_order_of_the_list(folder):
     tiles, lines = find_tiles(folder), []
     list(load_tiles(tiles, 16, "pad", True, lines.append))
     assert lines == []
     for tile in tiles[1:]:
         tile.path.write_bytes(b"broken")
     with pytest.raises(ValueError, match="1.tif"):
-        list(load_tiles(tiles, 16, "pad", True, lines.append))
+        list(load_tiles(tiles, 16, "pad", True, lines.append, 4))
     assert lines == []
-    with pytest.raises(ValueError, match="no readable tile: 4 of 4"):
-        list(load_tiles(tiles[1:], 16, "pad", False, lines.append))
 
 
 def test_damaged_files_named_in_order(folder):
@@ -430,265 +410,25 @@ def test_damaged_files_named_in_order(folder):
     tiles, lines = find_tiles(folder), []
     for tile in (tiles[3], tiles[0]):
         tile.path.write_bytes(b"broken")
-    list(load_tiles(tiles, 12, "pad", False, lines.append))
-    assert [os.path.basename(line.split(":")[0]) for line in lines[:2]] == ["0.png", "3.png"]
+    list(load_tiles(tiles, 12, "pad", False, lines.append, 3))
+    assert [os.path.basename(line.split(":")[0]) for line in lines] == ["0.png", "3.png"]
 
 
-# ---------------------------------------------------------------------------------- encode
+def test_workers_decode_at_once_in_order_and_not_too_far_ahead(folder, monkeypatch):
+    """Three tiles are decoded at the same time, or the barrier would break; results keep order."""
+    barrier, started = threading.Barrier(3, timeout=30), []
+    tiles = [Tile(folder / "A" / "0.png", str(i)) for i in range(300)]
 
-def test_encode_values_dtype_and_batches():
-    images, encoder = [noise_image(seed=s) for s in range(5)], StubEncoder()
-    mean, std, embeddings = encode_tiles(iter(images), StubVAE(), encoder, batch_size=2)
-    assert encoder.batches == [2, 2, 1]
-    assert mean.shape == std.shape == (5, 3, 3, 3) and embeddings.shape == (5, 1, 3)
-    assert {mean.dtype, std.dtype, embeddings.dtype} == {torch.float32}
-    for row, image in enumerate(images):
-        assert torch.equal(mean[row], StubVAE().encode(image_to_tensor(image)[None])[0][0])
-        assert embeddings[row, 0].tolist() == list(image.getpixel((0, 0)))
-    torch.testing.assert_close(std, torch.full_like(std, 0.2))
+    def meet(path):
+        started.append(path)
+        if len(started) <= 3:
+            barrier.wait()
+        return noise_image()
 
-
-def test_encode_dihedral_rows_show_the_same_turn_to_both():
-    images = [noise_image(seed=s) for s in range(2)]
-    mean, _, embeddings = encode_tiles(images, StubVAE(), StubEncoder(), 3, dihedral=True)
-    assert len(mean) == 16 and DIHEDRAL[0] is None
-    for tile in range(2):
-        rows = range(tile * 8, tile * 8 + 8)
-        assert torch.equal(mean[rows[0]], encode_tiles([images[tile]], StubVAE(), StubEncoder(), 1)[0][0])
-        assert len({tuple(mean[row].flatten().tolist()) for row in rows}) == 8
-        # the eight of the group: turned latents, mirrored or not
-        turned = [torch.rot90(m, k, (1, 2)) for m in (mean[rows[0]], mean[rows[0]].flip(2)) for k in range(4)]
-        for row, turn in zip(rows, DIHEDRAL, strict=True):
-            # tolerance: a pooled sum is taken in another order when the tile is turned
-            assert any(torch.allclose(mean[row], t, atol=1e-6) for t in turned)
-            seen = images[tile] if turn is None else images[tile].transpose(turn)
-            assert embeddings[row, 0].tolist() == list(seen.getpixel((0, 0)))
-            assert torch.equal(mean[row], StubVAE().encode(image_to_tensor(seen)[None])[0][0])
-
-
-def test_encode_makes_no_graph_yet_serves_one():
-    class Trainable(StubVAE):
-        def encode(self, pixels):
-            return super().encode(pixels * torch.ones(1, requires_grad=True))
-
-    mean, _, _ = encode_tiles([noise_image()], Trainable(), StubEncoder(), 1)
-    assert not mean.requires_grad
-    weight = torch.ones(1, requires_grad=True)
-    (weight * mean).sum().backward()
-    assert torch.allclose(weight.grad, mean.sum())
-
-
-def test_encode_holds_no_more_than_a_batch():
-    alive = []
-
-    def images():
-        for _ in range(6):
-            alive.append(None)
-            yield noise_image()
-
-    class Watching(StubVAE):
-        def encode(self, pixels):
-            assert len(alive) <= 2 * (1 + len(seen))
-            seen.append(len(pixels))
-            return super().encode(pixels)
-
-    seen = []
-    encode_tiles(images(), Watching(), StubEncoder(), 2)
-    assert seen == [2, 2, 2]
-
-
-@pytest.mark.parametrize("where", ["mean", "logvar", "embedding"])
-def test_encode_refuses_what_is_not_finite(where):
-    class Broken(StubVAE):
-        def encode(self, pixels):
-            mean, logvar = super().encode(pixels)
-            factor, term = {"mean": torch.nan}.get(where, 1), {"logvar": 1e5}.get(where, 0)
-            return mean * factor, logvar + term
-
-    def encoder(images):
-        return torch.full((len(images), 1, 3), torch.inf if where == "embedding" else 0.0)
-
-    with pytest.raises(ValueError, match="not finite"):
-        encode_tiles([noise_image()], Broken(), encoder, 1)
-
-
-# ----------------------------------------------------------------------------------- cache
-
-class Cache:
-    """`cached_features` with settings that a test changes one at a time."""
-
-    def __init__(self, folder, tiles):
-        self.folder, self.tiles, self.lines = folder, tiles, []
-
-    def __call__(self, tiles=None, **changes):
-        """(features, was anything encoded)"""
-        encoder = StubEncoder()
-        settings = {"base_hash": "base", "size": 12, "how": "pad", "dihedral": False, "strict": False,
-                    "batch_size": 2, "device": "cpu", "report": self.lines.append, **changes}
-        features = cached_features(self.folder, tiles or self.tiles, StubVAE(), encoder, **settings)
-        return features, bool(encoder.batches)
-
-    def files(self):
-        return sorted(self.folder.iterdir())
-
-
-@pytest.fixture
-def cache(tmp_path, folder):
-    return Cache(tmp_path / "deep" / "cache", find_tiles(folder))
-
-
-def assert_same(first, second):
-    for name in ("mean", "std", "embeddings"):
-        assert torch.equal(getattr(first, name), getattr(second, name)), name
-    assert first.tiles == second.tiles
-
-
-@pytest.mark.parametrize("dihedral", [False, True])
-def test_cache_computes_once(cache, dihedral):
-    first, encoded_first = cache(dihedral=dihedral)
-    second, encoded_second = cache(dihedral=dihedral)
-    assert encoded_first and not encoded_second and cache.lines == []
-    assert_same(first, second)
-    assert second.variants == (8 if dihedral else 1) and second.tiles == cache.tiles
-    direct = encode_tiles([read_tile(t.path) for t in cache.tiles], StubVAE(), StubEncoder(), 64,
-                          dihedral=dihedral)
-    assert_same(first, Features(*direct, tiles=cache.tiles))
-    assert [p.suffix for p in cache.files()] == [".safetensors"]  # no temporary file is left
-
-
-def test_cache_key_changes_with_every_setting_and_with_contents(cache):
-    cache()
-    for change in ({"base_hash": "other"}, {"size": 16}, {"how": "resize"}, {"dihedral": True},
-                   {"tiles": cache.tiles[:4]}, {"tiles": cache.tiles[::-1]}):
-        assert cache(**change)[1], change
-        assert not cache(**change)[1], change
-    for same in ({"batch_size": 5}, {"strict": True}):
-        assert not cache(**same)[1], same
-    noise_image(seed=99).save(cache.tiles[0].path)
-    changed, computed = cache()
-    assert computed and changed.embeddings[0, 0].tolist() == list(noise_image(seed=99).getpixel((0, 0)))
-    assert len(cache.files()) == 8
-
-
-def test_cache_follows_a_renamed_file(cache):
-    cache()
-    tile = cache.tiles[0]
-    renamed = Tile(tile.path.rename(tile.path.with_name("0_renamed.png")), "A")
-    features, computed = cache([renamed, *cache.tiles[1:]])
-    assert not computed and features.tiles[0] == renamed
-
-
-@pytest.mark.parametrize("damage", ["cut", "flip", "empty", "other key", "no header"])
-def test_cache_replaces_a_broken_file(cache, damage):
-    first, _ = cache()
-    path, = cache.files()
-    content = bytearray(path.read_bytes())
-    if damage == "flip":
-        content[-5] ^= 1
-    elif damage == "other key":
-        cache(base_hash="other")
-        content = next(p for p in cache.files() if p != path).read_bytes()
-    elif damage == "no header":
-        content = struct.pack("<Q", 2) + b"{}"
-    path.write_bytes(content[:-40] if damage == "cut" else b"" if damage == "empty" else content)
-    again, computed = cache()
-    assert computed and len(cache.lines) == 1 and str(path) in cache.lines[0]
-    assert "computed again" in cache.lines[0] and "\n" not in cache.lines[0]
-    assert_same(first, again)
-    assert not cache()[1]
-
-
-def test_cache_remembers_unreadable_tiles(cache):
-    bad = cache.tiles[1]
-    bad.path.write_bytes(b"broken")
-    kept = [t for t in cache.tiles if t != bad]
-    first, _ = cache()
-    assert first.tiles == kept and len(cache.lines) == 2
-    second, computed = cache()
-    assert not computed and len(cache.lines) == 3 and str(bad.path) in cache.lines[2]
-    assert_same(first, second)
-    with pytest.raises(ValueError, match="1.tif"):
-        cache(strict=True)
-
-
-def test_cache_takes_in_a_tile_that_can_be_read_by_now(cache, monkeypatch):
-    read = data.read_tile
-
-    def failing(path):
-        if path.name == "3.png":
-            raise ValueError(f"{path}: network folder away")
-        return read(path)
-
-    monkeypatch.setattr(data, "read_tile", failing)
-    assert len(cache()[0].tiles) == 4
-    monkeypatch.setattr(data, "read_tile", read)
-    features, computed = cache()
-    assert computed and features.tiles == cache.tiles and not cache()[1]
-
-
-def test_cache_handles_a_dangling_link(cache):
-    cache.tiles[0].path.unlink()
-    cache.tiles[0].path.symlink_to("nowhere.png")
-    assert cache()[0].tiles == cache.tiles[1:]
-    assert not cache()[1]
-
-
-def test_cache_leaves_nothing_after_a_failure(cache, tmp_path):
-    for tile in cache.tiles:
-        tile.path.write_bytes(b"broken")
-    with pytest.raises(ValueError, match="no readable tile"):
-        cache()
-    assert not cache.folder.exists() or cache.files() == []
-
-
-def test_cache_in_an_impossible_folder(cache, tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    cache.folder = tmp_path / "file" / "cache"
-    with pytest.raises(ValueError, match="cannot be written"):
-        cache()
-
-
-def test_progress_bar_counts_tiles(cache, monkeypatch):
-    bars = []
-
-    def bar(tiles, *args, **settings):
-        bars.append((list(tiles), settings["unit"]))
-        return tiles
-
-    monkeypatch.setattr(data, "tqdm", bar)
-    cache(dihedral=True)
-    assert bars == [(cache.tiles, "tile")]
-
-
-# -------------------------------------------------------------------------------- features
-
-def made_features(variants, num_tiles=3):
-    count = num_tiles * variants
-    mean = torch.arange(count * 8.0).reshape(count, 2, 2, 2)
-    tiles = [Tile(Path(f"{i}.png")) for i in range(num_tiles)]
-    return Features(mean, torch.rand(mean.shape), torch.zeros(count, 1, 4), tiles)
-
-
-def test_features_rows_and_variants():
-    features = made_features(8)
-    rows = features.rows([features.tiles[2], features.tiles[0]])
-    assert rows.tolist() == [16, 0] and rows.dtype == torch.int64
-    drawn = features.draw_variants(rows.repeat(400), torch.Generator().manual_seed(0))
-    counts = Counter(drawn.tolist())
-    assert set(counts) == {*range(8), *range(16, 24)}
-    assert min(counts.values()) > 25 and max(counts.values()) < 80  # 50 expected, 4 sigma
-    again = features.draw_variants(rows.repeat(400), torch.Generator().manual_seed(0))
-    assert torch.equal(drawn, again)
-    single = made_features(1)
-    assert torch.equal(single.draw_variants(torch.arange(3), torch.Generator()), torch.arange(3))
-
-
-def test_sample_latents_is_mean_plus_std_times_noise():
-    features, rows = made_features(1), torch.tensor([2, 0, 2])
-    drawn = features.sample_latents(rows, torch.Generator().manual_seed(5))
-    noise = torch.randn((3, 2, 2, 2), generator=torch.Generator().manual_seed(5))
-    assert torch.equal(drawn, features.mean[rows] + features.std[rows] * noise)
-    assert not torch.equal(drawn[0], drawn[2])
+    monkeypatch.setattr(data, "read_tile", meet)
+    loaded = load_tiles(tiles, 12, "pad", True, pytest.fail, 3)
+    assert next(loaded)[0] == tiles[0] and len(started) <= 3 * data.DECODE_AHEAD
+    assert [tile for tile, _ in loaded] == tiles[1:] and len(started) == 300
 
 
 # --------------------------------------------------------------------------------- batches

@@ -291,6 +291,8 @@ def test_faults_of_the_caller_are_one_line(tiny_base, made, tmp_path, capsys):
     assert "trained on all of its 12" in refused(command(tiles, all_seen), capsys)
     (all_seen / "tiles.json").write_text('{"training": ["a.png"]}')
     assert "as train.py writes it" in refused(command(tiles, all_seen), capsys)
+    (all_seen / "tiles.json").write_text('{"training": [{"path": "a_sd3_vae.npy", "hash": "0"}]}')
+    assert "trained on precomputed features" in refused(command(tiles, all_seen), capsys)
     (all_seen / "tiles.json").unlink()
     assert "tiles.json" in refused(command(tiles, all_seen), capsys)
     other = write_base(tmp_path / "other", seed=9)

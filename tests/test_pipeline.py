@@ -1,5 +1,8 @@
 """From embedding to image: the user's snippet, seeds, guidance, samplers, LoRA, refusals."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +10,7 @@ from conftest import write_base
 from PIL import Image
 
 from pixcell_min.adapter import EmbeddingAdapter, save_adapter
-from pixcell_min.base import load_encoder, load_pixcell_base
+from pixcell_min.base import load_encoder, load_pixcell_base, load_vae
 from pixcell_min.lora import inject_lora, lora_disabled, lora_layers, lora_parameters, save_lora
 from pixcell_min.pipeline import GUIDANCE_SCALE, PixCellPipeline, denoise
 from pixcell_min.schedulers import DDPM, SCHEDULER_NAMES, NoiseSchedule, build_scheduler
@@ -356,10 +359,18 @@ def test_pixels_are_rounded_and_clamped(pipeline, monkeypatch):
     assert pixels[0, :, 0].tolist() == [0, 0, 1, 0, 255, 255]
 
 
-def test_the_encoder_is_loaded_once_and_late(tiny_base, pipeline):
+def test_vae_and_encoder_are_loaded_once_and_late_and_let_go_of(tiny_base, pipeline):
     calls = []
     lazy = PixCellPipeline(
-        pipeline.transformer, pipeline.vae, lambda: calls.append(1) or load_encoder(tiny_base),
-        pipeline.schedule, base_hash="", device="cpu")
+        pipeline.transformer, lambda: calls.append("vae") or load_vae(tiny_base, "cpu"),
+        lambda: calls.append("encoder") or load_encoder(tiny_base, "cpu"), pipeline.schedule,
+        base_hash="", device="cpu")
+    lazy.release()
     assert not calls
-    assert lazy.encoder is lazy.encoder and calls == [1]
+    assert lazy.encoder is lazy.encoder and lazy.vae is lazy.vae and calls == ["encoder", "vae"]
+    held = [weakref.ref(parameter) for part in (lazy.vae, lazy.encoder) for parameter in part.parameters()]
+    lazy.release()
+    gc.collect()
+    assert held and not any(reference() is not None for reference in held)
+    lazy.decode(torch.zeros(1, 16, 1, 1))
+    assert calls == ["encoder", "vae", "vae"]

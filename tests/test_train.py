@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,7 +22,8 @@ from pixcell_min.adapter import EmbeddingAdapter, load_adapter
 from pixcell_min.base import load_pixcell_base
 from pixcell_min.checkpoint import read_tensors
 from pixcell_min.config import Config, read_yaml
-from pixcell_min.data import find_tiles
+from pixcell_min.data import find_tiles, fit_tile, read_tile
+from pixcell_min.features import DIHEDRAL, Features, encode_images
 from pixcell_min.images import read_settings
 from pixcell_min.lora import inject_lora, load_lora, lora_layers, lora_parameters
 from pixcell_min.schedulers import NoiseSchedule
@@ -130,7 +132,7 @@ def test_a_cache_and_tiles_inside_the_run_folder_survive(arguments, tmp_path, ti
     inside = [*arguments, "--cache", str(run / "cache"), "--max-train-steps", "1"]
     assert train.main(inside) == 0
     assert train.main([*inside, "--overwrite"]) == 0
-    assert list((run / "cache").glob("features-*.safetensors"))
+    assert list((run / "cache").glob("features-*/shard-*.safetensors"))
 
 
 RESUME_DAMAGE = {
@@ -225,10 +227,88 @@ def test_without_data_it_trains_on_procedural_tiles(arguments, tmp_path, monkeyp
     assert len(list((tmp_path / "cache" / f"procedural-second-9-{train.PROCEDURAL_SEED}").rglob("*.png"))) == 9
 
 
+def test_vae_and_encoder_are_gone_while_training_and_back_for_the_grid(
+        arguments, tmp_path, monkeypatch):
+    pipelines, held = [], []
+    load, step = train.load_pixcell_base, train.optimizer_step
+    monkeypatch.setattr(train, "load_pixcell_base",
+                        lambda *args: pipelines.append(load(*args)) or pipelines[0])
+    monkeypatch.setattr(train, "optimizer_step", lambda *args: held.extend(
+        {"vae", "encoder"} & set(vars(pipelines[0]))) or step(*args))
+    assert train.main([*arguments, "--sample-count", "1", "--max-train-steps", "1"]) == 0
+    assert held == [] and "vae" in vars(pipelines[0])
+    monkeypatch.setattr(pipelines[0], "_load_encoder", lambda: pytest.fail("loaded"))
+    pipelines[0].release()
+    monkeypatch.setattr(pipelines[0], "_load_vae", lambda: pytest.fail("loaded"))
+    config = train.parse_train(arguments)[0]
+    train.load_features(config, pipelines[0], find_tiles(config.data))  # all is in the cache
+
+
+def test_cached_training_equals_uncached_bit_for_bit(arguments, tmp_path, tiny_base):
+    """What a micro-step draws is what VAE and encoder give, to the last bit: nothing is rounded."""
+    config = train.parse_train(arguments)[0]
+    pipeline = load_pixcell_base(tiny_base, "cpu", "no")
+    features, training, _ = train.load_features(config, pipeline, find_tiles(config.data))
+    images = [fit_tile(read_tile(tile.path), 64, "resize") for tile in features.tiles]
+    direct = [encode_images([image if turn is None else image.transpose(turn) for turn in part],
+                            pipeline.vae, pipeline.encoder)
+              for image in images for part in (DIHEDRAL[i:i + 2] for i in range(0, 8, 2))]
+    plain = Features(*(torch.cat(column) for column in zip(*direct)), tiles=features.tiles)
+    for step in range(3):
+        drawn = [list(train.draw_micro_batches(config, source, source.rows(training),
+                                               pipeline.schedule, step, "cpu"))
+                 for source in (features, plain)]
+        for first, second in zip(*drawn, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(vars(first).values(), vars(second).values()))
+
+
+@pytest.fixture
+def without_gates(arguments, tiles, tiny_base, tmp_path):
+    """Flags of a run on precomputed files, on a base without encoder and VAE weights."""
+    pipeline = load_pixcell_base(tiny_base, "cpu", "no")
+    config = pipeline.vae.config
+    for tile in find_tiles(tiles):
+        mean, std, embedding = encode_images([read_tile(tile.path)], pipeline.vae, pipeline.encoder)
+        moments = torch.cat([mean / config.scaling_factor + config.shift_factor,
+                             std / config.scaling_factor], dim=1)[0]
+        folder = tmp_path / "files" / tile.label
+        folder.mkdir(parents=True, exist_ok=True)
+        np.save(folder / f"{tile.path.stem}_sd3_vae.npy", moments.numpy().astype(np.float16))
+        np.save(folder / f"{tile.path.stem}_uni.npy", embedding[0].numpy().astype(np.float16))
+    base = write_base(tmp_path / "bases" / "base")
+    (base / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    shutil.rmtree(base / "uni")
+    flags = [*arguments, "--base", str(base), "--features", str(tmp_path / "files")]
+    at = flags.index("--data")
+    return flags[:at] + flags[at + 2:]
+
+
+def test_precomputed_files_train_without_encoder_and_vae(without_gates, tmp_path, tiny_base, capsys):
+    assert train.main(without_gates) == 0
+    assert "6 to train on, 2 held out; latents and embeddings in 1 variant" in capsys.readouterr().out
+    named = json.loads((tmp_path / "run" / "tiles.json").read_text())
+    assert named["training"][0]["path"].endswith("_sd3_vae.npy")
+    # With a grid the VAE is needed: that is said before the training, not after it.
+    assert train.main([*without_gates, "--overwrite", "--sample-count", "1"]) == 2
+    error = capsys.readouterr().err
+    assert "no VAE weights" in error and "--sample-count 0" in error and error.count("\n") == 1
+    with_vae = [*without_gates, "--base", str(tiny_base), "--overwrite", "--sample-count", "1"]
+    assert train.main(with_vae) == 0 and (tmp_path / "run" / "samples" / "grid.png").exists()
+
+
+def test_precomputed_files_of_another_base_stop_the_run(without_gates, tmp_path, capsys):
+    path = sorted((tmp_path / "files").rglob("*_uni.npy"))[0]
+    np.save(path, np.zeros((1, 1536), np.float16))
+    assert train.main(without_gates) == 2
+    error = capsys.readouterr().err
+    assert f"{path}: shape (1, 1536), expected (1, 16)" in error and error.count("\n") == 1
+
+
 BAD_INPUT = {
     "missing data folder": (["--data", "nowhere"], "nowhere"),
     "rank above min(in, out)": (["--rank", "33"], "32"),
     "target that matches nothing": (["--target-modules", "to_x"], "to_x"),
+    "images and precomputed files": (["--features", "somewhere"], "both given"),
     "missing base": (["--base", "nowhere"], "nowhere"),
     "block out of range": (["--blocks", "7"], "7"),
     "no device": (["--device", "cuda:63"], "cuda:63"),

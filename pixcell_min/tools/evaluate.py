@@ -177,6 +177,9 @@ def read_record(run) -> list[dict]:
             isinstance(entry, dict) and {"path", "hash"} <= entry.keys() for entry in entries):
         raise ValueError(f'{run / "tiles.json"}: expected {{"training": [{{"path": …, "hash": …}}, '
                          "…]}, as train.py writes it")
+    if any(Path(entry["path"]).suffix == ".npy" for entry in entries):
+        raise ValueError(f"{run}: trained on precomputed features; which images it has seen, and "
+                         "which would be held out, is not known")
     return entries
 
 

@@ -1,0 +1,267 @@
+"""Tiles → latents and embeddings, computed once, kept in shards on disk, read by memory-mapping.
+
+A shard is a safetensors file with the rows of some tiles; its header holds their content hashes, a
+key (all else that features depend on) and a checksum. Tiles are looked up by content hash: a tile
+that was added or changed is computed, all others are found. Shards appear whole or not at all.
+It knows no network: what encodes is an argument. Row of all tensors: tile · V + variant, V = 8
+dihedral variants or 1. Everything is float32, so that cached training equals uncached bit for bit.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from pixcell_min.checkpoint import file_hash, read_tensors, save_tensors, write_text
+from pixcell_min.data import Tile, image_to_tensor, load_tiles
+
+DIHEDRAL = (None, *Image.Transpose)  # the identity and Pillow's 7 turns and mirrorings
+CACHE_VERSION = 2  # raise it whenever the same input would give other features
+SHARD_BYTES = 2**24  # a shard is written when it holds so much: what a kill can lose
+LEFT_OVER = 3600.0  # seconds: an unfinished file of this age is no other run's, but a killed one's
+NAMES = ("mean", "std", "embeddings")
+
+
+class Rows:
+    """One tensor spread over shards: `rows[index]` copies the rows of a (B,) or () int64 index."""
+
+    def __init__(self, shards: list[torch.Tensor], places: list[tuple[int, int]]):
+        """shards: (tiles of the shard, V, …); places: every tile's shard and position in it."""
+        self.shards, self.places, self.variants = shards, places, shards[0].shape[1]
+        self.shape = torch.Size([len(places) * self.variants, *shards[0].shape[2:]])
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, index: torch.Tensor) -> torch.Tensor:
+        picked = []
+        for row in index.flatten().tolist():
+            tile, variant = divmod(row, self.variants)
+            shard, position = self.places[tile]
+            picked.append(self.shards[shard][position, variant])
+        return torch.stack(picked).reshape(*index.shape, *self.shape[1:])
+
+
+@dataclass(frozen=True)
+class Features:
+    """What training reads, on the CPU: N tiles in V variants each; row = tile · V + variant."""
+
+    mean: torch.Tensor | Rows  # (N·V, C, H, W) float32, scaled latents
+    std: torch.Tensor | Rows  # (N·V, C, H, W) float32
+    embeddings: torch.Tensor | Rows  # (N·V, S, E) float32
+    tiles: list[Tile]  # N, the readable ones
+
+    @property
+    def variants(self) -> int:
+        """V: 8 with dihedral variants, else 1."""
+        return len(self.mean) // len(self.tiles)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows of the three tensors."""
+        return sum(4 * getattr(self, name).shape.numel() for name in NAMES)
+
+    def rows(self, tiles) -> torch.Tensor:
+        """The row of each tile's unturned variant, (len(tiles),) int64."""
+        position = {tile: index for index, tile in enumerate(self.tiles)}
+        return torch.tensor([position[tile] * self.variants for tile in tiles])
+
+    def draw_variants(self, rows: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Unturned rows (B,) → rows of variants drawn uniformly with `generator`, (B,) int64."""
+        return rows + torch.randint(self.variants, rows.shape, generator=generator)
+
+    def sample_latents(self, rows: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Draw latents mean + std · noise with `generator` (CPU): rows (B,) → (B, C, H, W)."""
+        mean = self.mean[rows]
+        return mean + self.std[rows] * torch.randn(mean.shape, generator=generator)
+
+    def fingerprint(self, rows: torch.Tensor) -> str:
+        """SHA-256 of the embeddings of these rows, in order; reads a few at a time."""
+        digest = hashlib.sha256()
+        for part in rows.split(64):
+            digest.update(self.embeddings[part].numpy())
+        return digest.hexdigest()
+
+
+@torch.no_grad()
+def encode_images(images, vae, encoder, device="cpu"):
+    """B RGB images → (mean, std (B, C, H, W), embeddings (B, S, E)), float32 on the CPU.
+
+    `vae.encode(pixels (B, 3, H, W) in [−1, 1]) -> (mean, logvar)` of the scaled latents;
+    `encoder(images) -> (B, S, E)`. Raises: ValueError if a result is not finite.
+    """
+    pixels = torch.stack([image_to_tensor(image) for image in images])
+    mean, logvar = vae.encode(pixels.to(device))
+    outputs = mean, (0.5 * logvar.float()).exp(), encoder(images)
+    if not all(output.isfinite().all() for output in outputs):
+        raise ValueError("latents or embeddings are not finite; check the base's weights")
+    return tuple(output.float().cpu() for output in outputs)
+
+
+def encode_tiles(loaded, encode: Callable, batch_size: int, dihedral: bool = False):
+    """(tile, RGB image) pairs → (some tiles, their rows of mean, std, embeddings), in order.
+
+    `encode(list of images)` gives the three; at most `batch_size` images a call, filled across
+    tiles. Parts end where a batch and a tile end, so that whoever goes on there fills the same
+    batches as whoever had not stopped: networks may round differently in another batch.
+    """
+    turns = DIHEDRAL if dihedral else (None,)
+    stream = ((tile, image if turn is None else image.transpose(turn))
+              for tile, image in loaded for turn in turns)
+    tiles, parts = [], []
+    while batch := list(islice(stream, batch_size)):
+        parts.append(encode([image for _, image in batch]))
+        tiles += [tile for tile, _ in batch]
+        if len(tiles) % len(turns) == 0:
+            yield tiles[::len(turns)], tuple(torch.cat(c) for c in zip(*parts, strict=True))
+            tiles, parts = [], []
+
+
+def cached_images(cache_folder, tiles, encode: Callable, *, base_hash: str, size: int, how: str,
+                  dihedral: bool, strict: bool, batch_size: int, report: Callable,
+                  workers: int = 1) -> Features:
+    """`cached_features` of images: loaded by `load_tiles`, encoded by `encode_tiles`.
+
+    base_hash: of VAE and encoder. Raises: ValueError as `cached_features` and `load_tiles`.
+    """
+    def compute(missing):
+        bar = tqdm(missing, "encoding", unit="tile", disable=None)  # none where stderr is a file
+        return encode_tiles(load_tiles(bar, size, how, strict, report, workers), encode,
+                            batch_size, dihedral)
+
+    return cached_features(
+        cache_folder, tiles, compute, report=report, workers=workers,
+        settings={"base": base_hash, "size": size, "tile_fit": how, "dihedral": dihedral})
+
+
+def cached_features(cache_folder, tiles, compute: Callable, *, settings: dict, report: Callable,
+                    workers: int = 1, files_of: Callable = lambda tile: [tile.path]) -> Features:
+    """Features of all readable tiles: out of the cache, or computed and put there.
+
+    `compute(tiles)` yields parts as `encode_tiles` does and leaves out, naming them, what cannot
+    be read. `settings`: all that features depend on beside the bytes of `files_of(tile)`. `workers`
+    threads compute checksums. `report(line)` hears of damaged shards, changed and skipped tiles.
+    Raises: ValueError if no tile can be read, or computed ones cannot be written.
+    """
+    key = hashlib.sha256(repr((CACHE_VERSION, sorted(settings.items()))).encode()).hexdigest()
+    folder = Path(cache_folder) / f"features-{key[:16]}"
+    with ThreadPoolExecutor(workers) as pool:
+        contents = dict(zip(tiles, pool.map(lambda tile: _content(files_of(tile)), tiles)))
+        wanted = set(contents.values())
+        entries, known_paths, damaged = _open_shards(
+            sorted(folder.glob("shard-*")), key, wanted, report, pool)
+        # By content, because two files of the same bytes are one entry; None: cannot be read.
+        missing = list({contents[t] or t: t for t in tiles if contents[t] not in entries}.values())
+        if missing:
+            changed = sum(str(tile.path.resolve()) in known_paths for tile in missing)
+            found = sum(contents[tile] in entries for tile in tiles)
+            if found or changed:
+                report(f"features: {found} of {len(tiles)} tiles are in the cache; to compute: "
+                       f"{len(missing)}, of which {changed} changed since")
+            _make_folder(folder, settings, damaged)
+            written = _write_shards(folder, key, compute(missing), contents)
+            entries |= _open_shards(written, key, wanted, report, pool)[0]
+    kept = [tile for tile in tiles if contents[tile] in entries]
+    if not kept:
+        raise ValueError(f"no readable tile: {len(tiles)} of {len(tiles)} files failed")
+    if len(kept) < len(tiles):
+        report(f"{len(tiles) - len(kept)} of {len(tiles)} tiles could not be read and were skipped")
+    return _gather([entries[contents[tile]] for tile in kept], kept)
+
+
+def _content(paths):
+    """The content hash of a tile's files, or None if one cannot be read."""
+    try:
+        return "-".join(file_hash(path) for path in paths)
+    except ValueError:
+        return None
+
+
+def _open_shards(paths, key, wanted, report, pool):
+    """({content: (shard's tensors, position)}, every file path ever cached, damaged shards)."""
+    entries, known_paths, damaged = {}, set(), []
+    for path, result in zip(paths, pool.map(lambda path: _read_shard(path, key, wanted), paths)):
+        if isinstance(result, ValueError):
+            report(f"{result}; its tiles are computed again")
+            damaged.append(path)
+            continue
+        tensors, contents, sources = result
+        known_paths |= set(sources)
+        entries |= {content: (tensors, i) for i, content in enumerate(contents)
+                    if content in wanted}
+    return entries, known_paths, damaged
+
+
+def _read_shard(path, key, wanted):
+    """(tensors, contents, paths of its tiles), or a ValueError: damaged. Unwanted ones unread."""
+    try:
+        tensors, header = read_tensors(path)
+        contents, sources = (json.loads(header.get(name, "")) for name in ("contents", "paths"))
+        if wanted & set(contents) and header.get("checksum") != _checksum(
+                key, contents, sources, tensors):
+            raise ValueError
+    except (ValueError, TypeError) as error:
+        known = str(error).startswith(str(path))
+        return ValueError(str(error) if known else f"{path}: damaged, it fails its checksum")
+    return tensors, contents, sources
+
+
+def _checksum(key, contents, sources, tensors):
+    digest = hashlib.sha256(repr((key, contents, sources)).encode())
+    for name in NAMES:
+        tensor = tensors.get(name, torch.empty(0))
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.numpy())
+    return digest.hexdigest()
+
+
+def _make_folder(folder, settings, damaged):
+    """Before anything is computed: a folder that can be written, without what killed runs left."""
+    write_text(folder / "settings.json", json.dumps(settings, indent=1))
+    left = [p for p in folder.glob(".*.tmp") if time.time() - p.stat().st_mtime > LEFT_OVER]
+    for path in [*damaged, *left]:
+        path.unlink(missing_ok=True)
+
+
+def _write_shards(folder, key, parts, contents):
+    """Write computed parts as shards of about SHARD_BYTES; → their paths."""
+    written, tiles, columns = [], [], []
+
+    def write():
+        names = [contents[tile] for tile in tiles]
+        sources = [str(tile.path.resolve()) for tile in tiles]
+        tensors = {name: torch.cat(column).unflatten(0, (len(tiles), -1))
+                   for name, column in zip(NAMES, zip(*columns), strict=True)}
+        name = hashlib.sha256(repr(names).encode()).hexdigest()[:16]
+        written.append(folder / f"shard-{name}.safetensors")
+        save_tensors(written[-1], tensors, {
+            "contents": json.dumps(names), "paths": json.dumps(sources),
+            "checksum": _checksum(key, names, sources, tensors)})
+        tiles.clear(), columns.clear()
+
+    try:
+        for part_tiles, part in parts:
+            tiles += part_tiles
+            columns.append(part)
+            if sum(t.nbytes for column in columns for t in column) >= SHARD_BYTES:
+                write()
+    finally:  # Ctrl-C, too, or a tile that stops the run, keeps what is finished
+        if tiles:
+            write()
+    return written
+
+
+def _gather(entries, tiles):
+    """Features over the shards of these (tensors, position) entries."""
+    shards = list({id(tensors): tensors for tensors, _ in entries}.values())
+    number = {id(tensors): i for i, tensors in enumerate(shards)}
+    places = [(number[id(tensors)], position) for tensors, position in entries]
+    return Features(*(Rows([shard[name] for shard in shards], places) for name in NAMES), tiles)
