@@ -21,7 +21,7 @@ from tqdm import tqdm
 from pixcell_min.adapter import EmbeddingAdapter
 from pixcell_min.base import features_hash, load_pixcell_base, read_vae_config, vae_weights
 from pixcell_min.config import Config, parse_train, read_yaml, to_yaml
-from pixcell_min.data import find_tiles, split_tiles
+from pixcell_min.data import find_tiles, split_tiles, spread
 from pixcell_min.ema import averaged, update_averages
 from pixcell_min.features import cached_images, encode_images
 from pixcell_min.lora import count_parameters, inject_lora, lora_parameters
@@ -36,7 +36,7 @@ from pixcell_min.tools.synthetic import SECOND, write_dataset
 from pixcell_min.training import (Progress, TrainingState, build_optimizer, build_scaler,
                                   count_attempt, count_validation, diffusion_loss,
                                   draw_micro_batches, generator_for, group_by_class,
-                                  optimizer_step, rate_factor, validation_loss)
+                                  is_due, optimizer_step, rate_factor, validation_loss)
 
 PACKAGE = Path(__file__).resolve().parent / "pixcell_min"
 PROCEDURAL_TILES = 72  # 8 of each tissue
@@ -117,8 +117,8 @@ def train(config: Config, options, command) -> int:
 
     def draw(name):
         draw_grid(run / name, pipeline, state.adapter, features,
-                  spread(validation, config.sample_count),
-                  None if config.features else config.tile_fit, config.guidance_scale, config.seed)
+                  spread(validation, config.sample_count), config.guidance_scale, config.seed,
+                  None if config.features else config.tile_fit)
 
     def save():
         save_state(run, identity, state, config.keep_states)
@@ -320,17 +320,6 @@ def procedural_tiles(config: Config) -> Path:
         write_dataset(partial, PROCEDURAL_TILES, SECOND, PROCEDURAL_SEED)
         os.replace(partial, folder)
     return folder
-
-
-def is_due(step: int, every: int) -> bool:
-    """Whether something done every `every` steps (0: never) is to be done after step `step`."""
-    return every > 0 and step % every == 0
-
-
-def spread(items: list, count: int) -> list:
-    """At most `count` of a list, evenly spaced, in order."""
-    count = min(count, len(items))
-    return [items[i * len(items) // count] for i in range(count)]
 
 
 if __name__ == "__main__":

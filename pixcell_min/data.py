@@ -155,6 +155,12 @@ def split_tiles(tiles, validation_fraction: float, seed: int) -> tuple[list[Tile
     return [t for t in tiles if t not in held_out], [t for t in tiles if t in held_out]
 
 
+def spread(items: list, count: int) -> list:
+    """At most `count` of a list, evenly spaced, in order."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
 def load_tiles(tiles, size: int, how: str, strict: bool, report, workers: int = 1):
     """Yield (tile, RGB image of size × size) for every readable tile of the list, in order.
 

@@ -25,7 +25,7 @@ INK = {"training": "#b8c8e0", "training, smoothed": "#1f5fbf", "validation": "#d
        "validation, averaged weights": "#2a8a4a"}
 
 
-def draw_grid(path, pipeline, adapter, features, tiles, tile_fit, guidance_scale, seed) -> None:
+def draw_grid(path, pipeline, adapter, features, tiles, guidance_scale, seed, tile_fit) -> None:
     """Tiles beside what base and adapted model draw from them, a row each, as PNG.
 
     tile_fit None: there are no images, and what the VAE makes of the latents stands for them.

@@ -162,6 +162,11 @@ def rate_factor(step: int, warmup_steps: int, max_train_steps: int, lr_schedule:
     return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
+def is_due(step: int, every: int) -> bool:
+    """Whether something done every `every` steps (0: never) is to be done after step `step`."""
+    return every > 0 and step % every == 0
+
+
 def build_scaler(device, dtype) -> torch.amp.GradScaler:
     """A loss scaler, active in float16 alone: gradients underflow below 6e-8, not in bfloat16."""
     return torch.amp.GradScaler(torch.device(device).type, enabled=dtype == torch.float16)
