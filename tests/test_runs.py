@@ -90,7 +90,7 @@ def test_a_run_killed_three_times_ends_bit_for_bit_as_if_it_had_not(arguments, t
 @pytest.mark.parametrize("seed", range(3))
 def test_a_run_killed_twenty_times_ends_bit_for_bit_as_if_it_had_not(
         seed, arguments, tmp_path, one_thread):
-    assert killed_run(arguments, tmp_path, kills=20, seed=seed, steps=400) >= 5
+    assert killed_run(arguments, tmp_path, kills=20, seed=seed, steps=240) >= 5
 
 
 @pytest.mark.parametrize("left", ["only the record", "no state yet", "only a temporary file"])
