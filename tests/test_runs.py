@@ -58,7 +58,8 @@ def at_step(step, act, monkeypatch):
 def killed_run(arguments, folder, kills, seed, steps):
     at = arguments.index("--out")
     flags = [*arguments[:at], *arguments[at + 2:], "--max-train-steps", str(steps), "--save-every",
-             "1", "--validate-every", "5", "--lora-dropout", "0.1", "--no-dihedral"]
+             "1", "--validate-every", "5", "--lora-dropout", "0.1", "--no-dihedral",
+             "--ema-decay", "0.9"]
     assert train.main([*flags, "--out", str(folder / "whole")]) == 0
     done = subprocess.run(
         [sys.executable, ROOT / "tests" / "killed_runs.py", str(kills), str(seed),
@@ -90,7 +91,7 @@ def test_a_run_killed_three_times_ends_bit_for_bit_as_if_it_had_not(arguments, t
 @pytest.mark.parametrize("seed", range(3))
 def test_a_run_killed_twenty_times_ends_bit_for_bit_as_if_it_had_not(
         seed, arguments, tmp_path, one_thread):
-    assert killed_run(arguments, tmp_path, kills=20, seed=seed, steps=240) >= 5
+    assert killed_run(arguments, tmp_path, kills=20, seed=seed, steps=120) >= 5
 
 
 @pytest.mark.parametrize("left", ["only the record", "no state yet", "only a temporary file"])
