@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -95,7 +96,7 @@ def train(config: Config, options, command) -> int:
                          config.seed, pipeline.device)
     begin(run, config, options, command, identity, state, training, validation)
     validation = spread(validation, MAX_VALIDATION_TILES)
-    note = partial(log, run, open_tensorboard(run, state.progress.step))
+    note = partial(log, run, board := open_tensorboard(run, state.progress.step))
 
     def loss_of(batch):
         return diffusion_loss(transformer, state.adapter, schedule, batch, dtype,
@@ -125,7 +126,7 @@ def train(config: Config, options, command) -> int:
         save_shared(run, state, {"base_hash": pipeline.base_hash, "base": str(config.base)})
         draw_curve(run)
 
-    with StopSignals() as stop:
+    with StopSignals() as stop, board or nullcontext():
         try:
             if not read_log(run):
                 validate()
@@ -255,8 +256,7 @@ def total_steps(config: Config, num_tiles: int) -> int:
 
 def make_trainable(config: Config, pipeline, report=print) -> TrainingState:
     """Wrap with LoRA, make adapter and optimizer, say what is trainable. Raises: ValueError."""
-    transformer = pipeline.transformer
-    shape = transformer.config
+    transformer, shape = pipeline.transformer, pipeline.transformer.config
     if config.vlb_weight and shape.out_channels != 2 * shape.in_channels:
         raise ValueError(f"vlb_weight {config.vlb_weight:g}: {config.base} learns no variance "
                          f"({shape.out_channels} output channels of {shape.in_channels} latents)")

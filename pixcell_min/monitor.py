@@ -8,6 +8,7 @@ import math
 import re
 import time
 from datetime import timedelta
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -57,10 +58,9 @@ def draw_curve(run: Path) -> None:
               if line.get("loss") is not None and not line["skipped"]]
     if not losses:
         return
-    width, smooth = math.ceil(len(losses) / 10), []
-    for i in range(len(losses)):
-        part = losses[max(0, i + 1 - width):i + 1]
-        smooth.append((losses[i][0], sum(loss for _, loss in part) / len(part)))
+    width, sums = math.ceil(len(losses) / 10), [0, *accumulate(loss for _, loss in losses)]
+    smooth = [(step, (sums[i + 1] - sums[max(0, i + 1 - width)]) / min(i + 1, width))
+              for i, (step, _) in enumerate(losses)]
     curves = {"training": losses, "training, smoothed": smooth}
     for name, key in (("validation", "validation_loss"),
                       ("validation, averaged weights", "validation_loss_ema")):

@@ -197,17 +197,20 @@ def load_state(run: Path, identity: dict, state: TrainingState, report) -> None:
 
 def resume_run(run: Path, session: dict, settings: str, state: TrainingState, report) -> None:
     """Note the session and the settings of a run that goes on; `report(line)` other versions."""
-    record = checkpoint.read_json(run / RECORD)
-    before = record["sessions"][-1]
-    changed = [f"{name} {before['versions'].get(name)} → {now}"
-               for name, now in session["versions"].items() if before["versions"].get(name) != now]
-    changed += ["pixcell_min's code"] * (before["hashes"]["code"] != session["hashes"]["code"])
+    sessions = checkpoint.read_json(run / RECORD).get("sessions")
+    if not isinstance(sessions, list) or not all(
+            {"versions", "hashes"} <= its.keys() for its in sessions if isinstance(its, dict)):
+        raise ValueError(f'{run / RECORD}: expected {{"sessions": […]}}, as train.py writes it')
+    then, now = ({**its["versions"], "pixcell_min's code": its["hashes"].get("code", "?")[:8]}
+                 for its in (sessions[-1], session))
+    changed = [f"{name} {then.get(name)} → {now[name]}" for name in now
+               if then.get(name) != now[name]]
     if changed:
         report(f"changed since the run began: {', '.join(changed)}; it may differ from an "
                "uninterrupted one in its last bits")
     remove_temporary(run)
-    record["sessions"].append({"from_step": state.progress.step, **session})
-    _write_json(run / RECORD, record)
+    sessions.append({"from_step": state.progress.step, **session})
+    _write_json(run / RECORD, {"sessions": sessions})
     checkpoint.write_text(run / SETTINGS, settings)
 
 

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train  # noqa: E402
 
-LONGEST = 1.5  # seconds until a kill by the clock
+LONGEST = 1.0  # seconds until a kill by the clock
 
 
 def die_at(operation: int, before: bool) -> None:

@@ -65,7 +65,8 @@ def test_only_scripts_and_tools_import_the_config():
     assert [path.name for path in CORE if "pixcell_min.config" in ours(path)] == []
 
 
-@pytest.mark.parametrize("name", ["pipeline", "training", "data", "features", "precomputed"])
+@pytest.mark.parametrize("name", ["pipeline", "training", "data", "features", "precomputed",
+                                  "variational", "ema", "monitor"])
 def test_models_and_schedules_are_arguments(name):
     models = {f"pixcell_min.{model}" for model in ("transformer", "vae", "uni", "adapter", "base")}
     assert not ours(PACKAGE / f"{name}.py") & models

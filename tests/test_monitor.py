@@ -48,6 +48,17 @@ def test_curves_lie_where_their_points_are():
     curve_panel("t", {"a": [(5, 2.0)]}, {"a": "#ff0000"}, 200, 120)  # one point: no range
 
 
+def test_the_smoothed_curve_is_the_mean_of_a_tenth_of_the_steps(tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(monitor, "curve_panel", lambda title, curves, *rest, **more: (
+        seen.update(curves), curve_panel(title, curves, *rest, **more))[1])
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(
+        {"step": i + 1, "attempt": i + 1, "loss": float(i), "skipped": False}) + "\n"
+        for i in range(20)))
+    monitor.draw_curve(tmp_path)
+    assert seen["training, smoothed"] == [(1, 0.0), *((i + 1, i - 0.5) for i in range(1, 20))]
+
+
 def test_without_finite_losses_there_is_no_curve(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(
         '{"step": 0, "attempt": 1, "loss": null, "skipped": true}\n')
@@ -62,6 +73,12 @@ def test_tensorboard_gets_the_numbers_where_it_is_installed(arguments, tmp_path,
         def __init__(self, folder, purge_step):
             made.append((folder, purge_step))
 
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):  # or the last numbers would stay in memory
+            scalars.append(("closed", None, None))
+
         def add_scalar(self, *entry):
             scalars.append(entry)
 
@@ -72,7 +89,7 @@ def test_tensorboard_gets_the_numbers_where_it_is_installed(arguments, tmp_path,
                         types.SimpleNamespace(SummaryWriter=Writer))
     assert train.main(arguments) == 0
     run = tmp_path / "run"
-    assert made == [(run / "tensorboard", 1)]
+    assert made == [(run / "tensorboard", 1)] and scalars[-1][0] == "closed"
     losses = [(line["loss"], line["step"]) for line in metrics(run) if "loss" in line]
     assert [entry[1:] for entry in scalars if entry[0] == "loss"] == losses
     assert [entry[2] for entry in scalars if entry[0] == "validation_loss"] == [0, 4]

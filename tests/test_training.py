@@ -1,12 +1,13 @@
 """training.py: what float16 may and may not do to a step, accumulation and counts in whole runs."""
 
+import importlib.util
 import math
 
 import pytest
 import torch
 
 import train
-from conftest import assert_same_weights, metrics, weights
+from conftest import ROOT, assert_same_weights, metrics, weights
 from pixcell_min import training
 from pixcell_min.checkpoint import load_object
 from pixcell_min.lora import lora_parameters
@@ -153,15 +154,17 @@ def test_twenty_skips_in_a_row_and_nan_weights_end_a_run_with_the_cause(problem)
 
 def test_overflow_at_the_start_costs_attempts_and_no_steps(arguments, tmp_path, monkeypatch, capsys):
     seen = overflow_at(monkeypatch)
-    assert train.main(fp16_flags(arguments, 2.0**34, monkeypatch)) == 0
+    flags = [*fp16_flags(arguments, 2.0**38, monkeypatch), "--loss-weighting", "uniform"]
+    assert train.main(flags) == 0
     lines = [line for line in metrics(tmp_path / "run") if "loss" in line]
     good, skipped = ([line for line in lines if line["skipped"] is which] for which in (False, True))
-    assert 3 < len(skipped) < 20 and lines[:len(skipped)] == skipped  # all at the start
+    assert 3 < len(skipped) < 20 and lines[:4] == skipped[:4]
     assert [line["step"] for line in good] == [1, 2, 3, 4]
     assert seen == list(range(len(lines)))  # each attempt has data of its own
     assert [line["skipped_so_far"] for line in skipped] == list(range(1, len(skipped) + 1))
-    assert [line["loss_scale"] for line in skipped] == [2.0**(33 - i) for i in range(len(skipped))]
-    assert {line["step"] for line in skipped} == {0}
+    assert [line["loss_scale"] for line in skipped] == [2.0**(37 - i) for i in range(len(skipped))]
+    for at, line in enumerate(lines):  # a skipped attempt leaves the number of steps as it was
+        assert line["step"] == sum(not earlier["skipped"] for earlier in lines[:at + 1])
     peak = [0.01 * train.rate_factor(step, 1, 4, "cosine") for step in range(4)]
     assert [line["lora_rate"] for line in good] == peak  # rates follow the steps made
     state = load_object(tmp_path / "run" / "states" / "step-00000004.pt")["content"]
@@ -310,3 +313,35 @@ def test_a_run_stops_early_where_validation_no_longer_improves_and_stays_stopped
     assert train.main(["--resume", "--out", str(run)]) == 0
     assert metrics(run)[-1]["step"] == 6
     assert_same_weights(weights(run), before)
+
+
+# ------------------------------------------------------------------ precisions side by side
+
+@pytest.fixture
+def benchmark():
+    """benchmarks/precision.py as a module."""
+    spec = importlib.util.spec_from_file_location(
+        "precision_benchmark", ROOT / "benchmarks" / "precision.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_losses_stay_in_their_band_of_float32s_over_200_steps(
+        precision, benchmark, arguments, tmp_path):
+    curves = {}
+    for name in ("no", precision):
+        run = tmp_path / name
+        assert train.main([*arguments, "--max-train-steps", "200", "--save-every", "0", "--out",
+                           str(run), "--mixed-precision", name]) == 0
+        curves[name] = [line["loss"] for line in metrics(run) if "loss" in line
+                        and not line["skipped"]]
+    assert len(curves["no"]) == 200 and curves["no"] != curves[precision]
+    assert max(benchmark.relative_distances(curves[precision], curves["no"])) <= benchmark.BAND
+
+
+def test_the_band_is_of_block_means(benchmark):
+    apart = benchmark.relative_distances([1.0] * 10 + [2.0, 4.0] * 5, [1.0] * 10 + [3.0] * 9 + [4.0])
+    assert apart == [0, pytest.approx(1 / 31)]
