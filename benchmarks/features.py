@@ -35,7 +35,7 @@ from pixcell_min.training import (build_optimizer, build_scaler, diffusion_loss,
                                   draw_batch, generator_for, optimizer_step)
 
 BATCH, SIZE = 4, 256
-DECODED, ENCODED, STEPS = 400, 24, 4  # tiles, tiles, optimizer steps
+DECODED, ENCODED, STEPS = 200, 16, 3  # tiles, tiles, optimizer steps
 BMP_HEADER = 54  # bytes
 
 

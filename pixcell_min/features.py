@@ -155,7 +155,7 @@ def cached_features(cache_folder, tiles, compute: Callable, *, settings: dict, r
     folder = Path(cache_folder) / f"features-{key[:16]}"
     with ThreadPoolExecutor(workers) as pool:
         contents = dict(zip(tiles, pool.map(lambda tile: _content(files_of(tile)), tiles)))
-        wanted = set(contents.values())
+        wanted = set(contents.values()) - {None}
         entries, known_paths, damaged = _open_shards(
             sorted(folder.glob("shard-*")), key, wanted, report, pool)
         # By content, because two files of the same bytes are one entry; None: cannot be read.
