@@ -151,7 +151,7 @@ class Config:
     use_rslora: bool = _setting(False, FLAG, "switch", "scale by alpha / sqrt(rank) instead")
     learning_rate: float = _setting(6e-3, positive_float, "per step", "peak AdamW rate of LoRA")
     adapter_learning_rate: float = _setting(
-        3e-3, positive_float, "per step", "peak AdamW rate of the adapter")
+        5e-4, positive_float, "per step", "peak AdamW rate of the adapter")
     weight_decay: float = _setting(0.01, nonnegative_float, "factor", "weight decay of AdamW")
     max_grad_norm: float = _setting(1.0, positive_float, "L2 norm", "longer gradients are clipped")
     lr_schedule: str = _setting(
