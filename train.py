@@ -102,9 +102,8 @@ def train(config: Config, options, command) -> int:
         return diffusion_loss(transformer, state.adapter, schedule, batch, dtype,
                               config.loss_weighting, config.min_snr_gamma, config.vlb_weight)
 
-    def measure():
-        return validation_loss(transformer, state.adapter, schedule, features,
-                               features.rows(validation), config.batch_size, config.seed, dtype)
+    measure = partial(validation_loss, transformer, state.adapter, schedule, features,
+                      features.rows(validation), config.batch_size, config.seed, dtype)
 
     def validate():
         loss, bands = measure()
