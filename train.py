@@ -240,7 +240,7 @@ def preview(config: Config) -> None:
     for line in estimate(
             pipeline, state, steps, config.gradient_accumulation_steps, config.batch_size,
             (1 + math.ceil(steps / every), min(held_out, MAX_VALIDATION_TILES)), count,
-            8 if config.dihedral else 1, config.keep_states):
+            8 if config.dihedral and not config.features else 1, config.keep_states):
         comment(line)
     print(to_yaml(config), end="")
 

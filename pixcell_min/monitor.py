@@ -48,6 +48,7 @@ def draw_grid(path, pipeline, adapter, features, tiles, guidance_scale, seed, ti
         real = [fit_tile(read_tile(tile.path), size, tile_fit) for tile in tiles]
     grid = image_grid(list(zip(real, base, adapted)), ("real, held out", "base", "adapted"))
     save_png(path, grid, {**settings, "tiles": [tile.path.name for tile in tiles]})
+    pipeline.release()  # training goes on without the VAE
     pipeline.transformer.train(training[0]), adapter.train(training[1])
 
 
@@ -116,9 +117,9 @@ def estimate(pipeline, state, steps, micro_batches, batch_size, validations, num
         "estimate from one micro-step of random tiles, on this machine as busy as it is now:",
         f"time {_clock(steps * per_step + validating)}: {steps} steps of {per_step:.3g} s, and "
         f"{count} validations of {validating / max(count, 1):.3g} s; features and grids not counted",
-        f"memory {_peak_memory(device)} at the peak; features of {num_tiles} tiles, {variants} "
-        f"variants each: {features / 1e6:.0f} MB; a saved state: {saved / 1e6:.1f} MB, "
-        f"{keep_states} are kept"]
+        f"memory {_peak_memory(device)} at the peak; on disk: features of {num_tiles} tiles, "
+        f"{variants} variant(s) each, {features / 1e6:.0f} MB; {keep_states} saved states of "
+        f"{saved / 1e6:.1f} MB"]
 
 
 def _clock(seconds):

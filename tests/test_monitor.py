@@ -105,7 +105,7 @@ def test_dry_run_estimates_time_and_memory_and_is_still_yaml(arguments, tmp_path
     (tmp_path / "out.yaml").write_text(out)
     assert read_yaml(tmp_path / "out.yaml")["lora_rank"] == 2
     assert "# trainable: LoRA 1,536 + adapter 148" in out and ": 5 steps of" in out
-    assert "features of 8 tiles, 8 variants each: 1 MB; a saved state: 0.0 MB, 2 are kept" in out
+    assert "features of 8 tiles, 8 variant(s) each, 1 MB; 2 saved states of 0.0 MB" in out
     assert "2 validations of" in out and "MB at the peak" in out
     assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
     assert train.main([*arguments, "--dry-run", "--data", "nowhere"]) == 2
