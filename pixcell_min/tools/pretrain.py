@@ -540,6 +540,8 @@ def main(arguments=None):
     if args.threads:
         torch.set_num_threads(args.threads)
     try:
+        if args.freeze_encoder and not args.start_from:
+            raise ValueError("--freeze-encoder keeps the encoder of --start-from; name that base")
         tiles = training_tiles(args, args.work)
         if args.stage in ("all", "vae"):
             vae = train_vae(args, args.work, tiles)
