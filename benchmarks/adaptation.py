@@ -58,6 +58,7 @@ def main() -> None:
                         help="comma-separated, + for a comma within a name")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--count", type=int, default=34, help="held-out tiles at most")
+    parser.add_argument("--guidance-scale", type=float, default=1.5, help="of the evaluation")
     parser.add_argument("--arms", default="base,adapter,lora,both")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
     parser.add_argument("--work", type=Path, default=ROOT / "runs/adaptation")
@@ -104,7 +105,7 @@ def run(work, name, seed, options) -> None:
         shutil.copytree(shared, folder / images, dirs_exist_ok=True)
     call([sys.executable, "-m", "pixcell_min.tools.evaluate", "--data", str(options.data),
           "--run", str(folder), "--seed", str(seed), "--count", str(options.count),
-          "--arms", options.arms], folder, options)
+          "--guidance-scale", str(options.guidance_scale), "--arms", options.arms], folder, options)
     if not shared.exists():  # appears whole: a run beside this one may be copying from it
         partial = shared.with_name(f"{shared.name}.{folder.name}")
         shutil.copytree(folder / images, partial)
