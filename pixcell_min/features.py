@@ -4,7 +4,8 @@ A shard is a safetensors file with the rows of some tiles; its header holds thei
 key (all else that features depend on) and a checksum. Tiles are looked up by content hash: a tile
 that was added or changed is computed, all others are found. Shards appear whole or not at all.
 It knows no network: what encodes is an argument. Row of all tensors: tile · V + variant, V = 8
-dihedral variants or 1. Everything is float32, so that cached training equals uncached bit for bit.
+dihedral variants or 1. Everything is float32, and images are encoded ENCODE_BATCH at a time whatever
+the training's batch size: cached equals uncached, bit for bit, on one device with as many threads.
 """
 
 import hashlib
@@ -25,6 +26,7 @@ from pixcell_min.data import Tile, image_to_tensor, load_tiles
 
 DIHEDRAL = (None, *Image.Transpose)  # the identity and Pillow's 7 turns and mirrorings
 CACHE_VERSION = 2  # raise it whenever the same input would give other features
+ENCODE_BATCH = 4  # images a call; networks may round differently in another: see CACHE_VERSION
 SHARD_BYTES = 2**24  # a shard is written when it holds so much: what a kill can lose
 LEFT_OVER = 3600.0  # seconds: an unfinished file of this age is no other run's, but a killed one's
 NAMES = ("mean", "std", "embeddings")
@@ -126,20 +128,27 @@ def encode_tiles(loaded, encode: Callable, batch_size: int, dihedral: bool = Fal
 
 
 def cached_images(cache_folder, tiles, encode: Callable, *, base_hash: str, size: int, how: str,
-                  dihedral: bool, strict: bool, batch_size: int, report: Callable,
-                  workers: int = 1) -> Features:
+                  dihedral: bool, strict: bool, report: Callable, workers: int = 1,
+                  device="cpu", batch_size: int | None = None) -> Features:
     """`cached_features` of images: loaded by `load_tiles`, encoded by `encode_tiles`.
 
-    base_hash: of VAE and encoder. Raises: ValueError as `cached_features` and `load_tiles`.
+    base_hash: of VAE and encoder. device: where `encode` computes; another type has a cache of its
+    own. Every call of `encode` gets ENCODE_BATCH images; `batch_size` is not used, and goes when no
+    caller passes it. Raises: ValueError as `cached_features` and `load_tiles`.
     """
+    def encode_full(images):
+        filled = images + images[-1:] * (ENCODE_BATCH - len(images))  # the last batch, too
+        return tuple(output[:len(images)] for output in encode(filled))
+
     def compute(missing):
         bar = tqdm(missing, "encoding", unit="tile", disable=None)  # none where stderr is a file
-        return encode_tiles(load_tiles(bar, size, how, strict, report, workers), encode,
-                            batch_size, dihedral)
+        return encode_tiles(load_tiles(bar, size, how, strict, report, workers), encode_full,
+                            ENCODE_BATCH, dihedral)
 
     return cached_features(
         cache_folder, tiles, compute, report=report, workers=workers,
-        settings={"base": base_hash, "size": size, "tile_fit": how, "dihedral": dihedral})
+        settings={"base": base_hash, "size": size, "tile_fit": how, "dihedral": dihedral,
+                  "device": torch.device(device).type})
 
 
 def cached_features(cache_folder, tiles, compute: Callable, *, settings: dict, report: Callable,

@@ -22,8 +22,8 @@ from pixcell_min import features as module
 from pixcell_min.base import load_pixcell_base
 from pixcell_min.checkpoint import read_tensors
 from pixcell_min.data import Tile, find_tiles, image_to_tensor, load_tiles, read_tile
-from pixcell_min.features import (DIHEDRAL, Features, Rows, cached_features, encode_images,
-                                  encode_tiles)
+from pixcell_min.features import (DIHEDRAL, ENCODE_BATCH, Features, Rows, cached_features,
+                                  cached_images, encode_images, encode_tiles)
 
 ROOT = Path(pixcell_min.__file__).parent.parent
 MAX_GROWTH = 300  # MB of memory that is not page cache, from 1,000 to 20,000 tiles
@@ -235,6 +235,46 @@ def test_a_change_of_settings_makes_a_cache_of_its_own(cache):
     settings = [json.loads(p.read_text()) for p in cache.folder.glob("features-*/settings.json")]
     assert {"base": "other", "size": 12, "tile_fit": "pad", "dihedral": False} in settings
     assert len(settings) == 5
+
+
+def images_cached(cache, folder, tiles=None, *, vae=None, encoder=None, size=12, dihedral=False,
+                  **options):
+    """`cached_images` as train.py calls it."""
+    return cached_images(
+        cache.folder / folder, tiles or cache.tiles,
+        lambda images: encode_images(images, vae or StubVAE(), encoder or StubEncoder()),
+        base_hash="base", size=size, how="pad", dihedral=dihedral, strict=True,
+        report=cache.lines.append, **options)
+
+
+@pytest.mark.parametrize("dihedral", [False, True])
+@pytest.mark.parametrize("batch_size", [None, 1, 3, 16])
+def test_images_are_encoded_in_full_batches_of_one_size(cache, batch_size, dihedral):
+    encoder = StubEncoder()
+    features = images_cached(cache, "a", encoder=encoder, dihedral=dihedral, batch_size=batch_size)
+    assert encoder.batches == [ENCODE_BATCH] * (10 if dihedral else 2) and ENCODE_BATCH == 4
+    direct = encode_all([read_tile(t.path) for t in cache.tiles], StubVAE(), StubEncoder(), 64,
+                        dihedral=dihedral)
+    assert_same(features, Features(*direct, tiles=cache.tiles))
+
+
+@pytest.mark.parametrize("dihedral", [False, True])
+def test_features_have_the_same_bits_whatever_was_encoded_beside_them(cache, tiny_base, dihedral):
+    """Real networks: five tiles at once, in another order, and one by one with others added."""
+    pipeline = load_pixcell_base(tiny_base, "cpu", "no")
+    options = {"vae": pipeline.vae, "encoder": pipeline.encoder, "size": 64, "dihedral": dihedral}
+    whole = images_cached(cache, "whole", **options)
+    images_cached(cache, "turned", cache.tiles[::-1], **options)
+    for count in (1, 3):
+        images_cached(cache, "grown", cache.tiles[:count], **options)
+    for folder in ("turned", "grown"):
+        assert_same(whole, images_cached(cache, folder, **options))
+
+
+def test_another_type_of_device_has_a_cache_of_its_own(cache):
+    for device, folders in (("cpu", 1), (torch.device("cpu"), 1), ("cuda", 2), ("cuda:1", 2)):
+        images_cached(cache, "a", device=device)
+        assert len(list((cache.folder / "a").glob("features-*"))) == folders, device
 
 
 def test_a_subset_and_another_order_give_the_rows_of_their_tiles(cache):
@@ -517,6 +557,19 @@ def test_the_fingerprint_is_of_these_rows_in_this_order():
     rows = torch.arange(199, -1, -1)
     whole = hashlib.sha256(features.embeddings[rows].numpy()).hexdigest()
     assert features.fingerprint(rows) == whole != features.fingerprint(torch.arange(200))
+
+
+def test_the_readmes_bytes_per_tile_are_those_of_both_bases():
+    def megabytes(pixels, variants):
+        shapes = (16, pixels // 8, pixels // 8), (16, pixels // 8, pixels // 8), (
+            (pixels // 256) ** 2, 1536)
+        tensors = [torch.empty(variants, *shape, device="meta") for shape in shapes]
+        return Features(*tensors, tiles=[Tile(Path("0.png"))]).nbytes / 1e6
+
+    assert (" ".join((ROOT / "README.md").read_text().split())).count(
+        f"{megabytes(256, 1):.2f} MB on disk with a base of 256 px, {megabytes(256, 8):.1f} MB with its "
+        f"eight turns and mirrorings (`--dihedral`, the default); with a base of 1024 px "
+        f"{megabytes(1024, 1):.1f} MB and {megabytes(1024, 8):.1f} MB") == 1
 
 
 # ---------------------------------------------------------------------------------- memory
