@@ -315,6 +315,66 @@ def test_changed_tiles_are_found_counted_and_computed(cache):
     assert cache()[1] == 0
 
 
+@pytest.mark.parametrize("dihedral", [False, True])
+@pytest.mark.parametrize("index", [1, 4])
+def test_a_tile_rewritten_while_others_are_encoded_is_not_stored_under_its_old_bytes(
+        cache, monkeypatch, index, dihedral):
+    """A copy of its old bytes, for which it was to stand (of equals the last is read), stays."""
+    path = cache.tiles[index].path
+    copy = Tile(path.with_name(f"copy_{path.name}"), cache.tiles[index].label)
+    copy.path.write_bytes(path.read_bytes())
+    options = {"lossless": True} if path.suffix == ".webp" else {}
+    tiles, original, calls = [copy, *cache.tiles], encode_images, []
+
+    def encode(*args):
+        calls.append(1)
+        if len(calls) == 1:
+            noise_image(seed=70).save(path, **options)
+        return original(*args)
+
+    monkeypatch.setitem(globals(), "encode_images", encode)
+    features, _ = cache(tiles, workers=1, dihedral=dihedral)
+    seeds = [index] + [70 if i == index else i for i in range(5)]
+    expected = [list(noise_image(seed=seed).getpixel((0, 0))) for seed in seeds]
+    assert features.tiles == tiles
+    assert features.embeddings[features.rows(tiles)][:, 0].tolist() == expected
+    again, count = cache(tiles, dihedral=dihedral)
+    assert count == 0 and again.embeddings[again.rows(tiles)][:, 0].tolist() == expected
+
+
+def test_a_rewritten_tile_is_named_and_computed_again(cache, monkeypatch):
+    path, original, calls = cache.tiles[0].path, encode_images, []
+
+    def encode(*args):
+        calls.append(1)
+        if len(calls) == 1:
+            noise_image(seed=70).save(path)
+        return original(*args)
+
+    monkeypatch.setitem(globals(), "encode_images", encode)
+    assert cache(strict=True)[1] == 6
+    assert cache.lines == [
+        f"features: 1 tiles were rewritten while they were computed, {path} the first; "
+        "they are computed again",
+        "features: 4 of 5 tiles are in the cache; to compute: 1, of which 0 changed since"]
+
+
+def test_a_tile_that_is_rewritten_all_the_time_is_one_line(cache, monkeypatch):
+    path, original, calls = cache.tiles[0].path, encode_images, []
+
+    def encode(*args):
+        calls.append(1)
+        noise_image(seed=70 + len(calls)).save(path)
+        return original(*args)
+
+    monkeypatch.setitem(globals(), "encode_images", encode)
+    with pytest.raises(ValueError, match="0.png: rewritten each time it was computed") as caught:
+        cache()
+    assert "\n" not in str(caught.value)
+    monkeypatch.undo()
+    assert cache()[1] == 1  # what was at rest is kept
+
+
 def test_a_renamed_file_and_a_copy_are_found(cache):
     cache()
     tile = cache.tiles[0]
