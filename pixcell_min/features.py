@@ -173,7 +173,9 @@ def cached_features(cache_folder, tiles, compute: Callable, *, settings: dict, r
             contents = dict(zip(tiles, pool.map(content_of, tiles)))
             wanted = set(contents.values()) - {None}
             entries, known_paths, damaged = _open_shards(
-                sorted(folder.glob("shard-*")), key, wanted, report, pool)
+                sorted(folder.glob("shard-*")), key, wanted, pool)
+            for error in damaged.values():
+                report(f"{error}; its tiles are computed again")
             # By content, because two files of the same bytes are one entry; None: cannot be read.
             missing = list({contents[tile] or tile: tile for tile in tiles
                             if contents[tile] not in entries}.values())
@@ -186,7 +188,10 @@ def cached_features(cache_folder, tiles, compute: Callable, *, settings: dict, r
                        f"{len(missing)}, of which {changed} changed since")
             _make_folder(folder, settings, damaged)
             written, rewritten = _write_shards(folder, key, compute(missing), contents, content_of)
-            entries |= _open_shards(written, key, wanted, report, pool)[0]
+            opened, _, failed = _open_shards(written, key, wanted, pool)
+            for error in failed.values():  # computing again would wear the disk, and no more
+                raise ValueError(f"{error}, just after it was written; is the disk sound?")
+            entries |= opened
             if not rewritten:
                 break
             report(f"features: {len(rewritten)} tiles were rewritten while they were computed, "
@@ -210,13 +215,12 @@ def _content(paths):
         return None
 
 
-def _open_shards(paths, key, wanted, report, pool):
-    """({content: (shard's tensors, position)}, every file path ever cached, damaged shards)."""
-    entries, known_paths, damaged = {}, set(), []
+def _open_shards(paths, key, wanted, pool):
+    """({content: (shard's tensors, position)}, all file paths of tiles, {damaged shard: error})."""
+    entries, known_paths, damaged = {}, set(), {}
     for path, result in zip(paths, pool.map(lambda path: _read_shard(path, key, wanted), paths)):
         if isinstance(result, ValueError):
-            report(f"{result}; its tiles are computed again")
-            damaged.append(path)
+            damaged[path] = result
             continue
         tensors, contents, sources = result
         known_paths |= set(sources)

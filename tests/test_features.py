@@ -414,6 +414,29 @@ def test_a_damaged_shard_is_found_named_and_rebuilt(cache, damage):
     assert cache()[1] == 0 and len(cache.lines) == 2
 
 
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("torn", [slice(-40), slice(0), slice(60, None)])
+def test_a_shard_that_cannot_be_read_back_stops_the_run_in_one_line(
+        cache, monkeypatch, strict, torn):
+    """A disk that loses what it took: no tile is dropped as if it were unreadable itself."""
+    original = module.save_tensors
+
+    def lose(path, *args):
+        original(path, *args)
+        if not lost:
+            lost.append(path)
+            path.write_bytes(path.read_bytes()[torn])
+
+    lost = []
+    monkeypatch.setattr(module, "save_tensors", lose)
+    with pytest.raises(ValueError, match="just after it was written") as caught:
+        cache(strict=strict)
+    assert str(lost[0]) in str(caught.value) and "\n" not in str(caught.value)
+    assert cache.lines == []
+    features, count = cache(strict=strict)
+    assert count == 2 and features.tiles == cache.tiles  # the others were kept
+
+
 def test_unreadable_tiles_are_named_each_time_and_keep_no_others(cache):
     bad = cache.tiles[1]
     bad.path.write_bytes(b"broken")
