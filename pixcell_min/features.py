@@ -265,31 +265,33 @@ def _write_shards(folder, key, parts, contents, content_of):
 
     Left out is a tile whose bytes no longer are those of `contents`: it may have been read so.
     """
-    written, rewritten, tiles, columns = [], [], [], []
+    written, rewritten, finished = [], [], []  # finished: (tiles, their rows of each tensor)
 
     def write():
+        tiles = [tile for part_tiles, _ in finished for tile in part_tiles]
+        columns = zip(*(part for _, part in finished), strict=True)
         names = [contents[tile] for tile in tiles]
         sources = [str(tile.path.resolve()) for tile in tiles]
-        tensors = {name: torch.cat(column)
-                   for name, column in zip(NAMES, zip(*columns), strict=True)}
+        tensors = {name: torch.cat(column) for name, column in zip(NAMES, columns, strict=True)}
         name = hashlib.sha256(repr(names).encode()).hexdigest()[:16]
         written.append(folder / f"shard-{name}.safetensors")
         save_tensors(written[-1], tensors, {
             "contents": json.dumps(names), "paths": json.dumps(sources),
             "checksum": _checksum(key, names, sources, tensors)})
-        tiles.clear(), columns.clear()
+        finished.clear()
 
     try:
         for part_tiles, part in parts:
             same = [content_of(tile) == contents[tile] for tile in part_tiles]
             rewritten += [tile for tile, kept in zip(part_tiles, same, strict=True) if not kept]
             part = tuple(t.unflatten(0, (len(same), -1))[torch.tensor(same)] for t in part)
-            tiles += [tile for tile, kept in zip(part_tiles, same, strict=True) if kept]
-            columns.append(part)
-            if sum(t.nbytes for column in columns for t in column) >= SHARD_BYTES:
+            kept_tiles = [tile for tile, kept in zip(part_tiles, same, strict=True) if kept]
+            if kept_tiles:
+                finished.append((kept_tiles, part))  # one step: Ctrl-C comes before or after it
+            if sum(t.nbytes for _, part in finished for t in part) >= SHARD_BYTES:
                 write()
     finally:  # Ctrl-C, too, or a tile that stops the run, keeps what is finished
-        if tiles:
+        if finished:
             write()
     return written, rewritten
 

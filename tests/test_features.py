@@ -527,6 +527,46 @@ def test_an_interrupt_keeps_every_finished_tile(cache, monkeypatch):
     assert cache()[1] == 1
 
 
+def interrupted_at(line, action):
+    """Whether Ctrl-C at the line-th line that `_write_shards` runs came before it had ended."""
+    left = line
+
+    def count(frame, event, _):
+        nonlocal left
+        left -= event == "line"
+        if left == 0:
+            left -= 1
+            raise KeyboardInterrupt
+        return count
+
+    def enter(frame, event, _):
+        return count if frame.f_code is module._write_shards.__code__ else None
+
+    sys.settrace(enter)
+    try:
+        action()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+    return False
+
+
+def test_an_interrupt_at_any_line_leaves_whole_shards(cache, tmp_path, monkeypatch):
+    """Of the loop that gathers and writes; two parts make a shard."""
+    whole, _ = cache()
+    monkeypatch.setattr(module, "SHARD_BYTES", 4 * 4 * (2 * 27 + 3))
+    for line in range(1, 200):
+        cache.folder = tmp_path / f"line{line}"
+        if not interrupted_at(line, cache):
+            break
+        left = sum(len(read_tensors(path)[0]["mean"]) for path in cache.files())
+        features, count = cache()
+        assert_same(features, whole)
+        assert count == 5 - left
+    assert line > 20 and not any("damaged" in line for line in cache.lines)
+
+
 def test_unfinished_files_of_killed_runs_are_removed_when_old(cache):
     cache(cache.tiles[:2])
     folder = cache.files()[0].parent
