@@ -4,7 +4,8 @@ A shard is a safetensors file with the rows of some tiles; its header holds thei
 key (all else that features depend on) and a checksum. Tiles are looked up by content hash: a tile
 that was added or changed is computed, all others are found. Shards appear whole or not at all.
 It knows no network: what encodes is an argument. Row of all tensors: tile · V + variant, V = 8
-dihedral variants or 1. Everything is float32, so that cached training equals uncached bit for bit.
+dihedral variants or 1. Everything is float32; ENCODE_BATCH images are encoded at a time, whatever
+the training's batch size: cached equals uncached, bit for bit, on one device with as many threads.
 """
 
 import hashlib
@@ -25,7 +26,9 @@ from pixcell_min.data import Tile, image_to_tensor, load_tiles
 
 DIHEDRAL = (None, *Image.Transpose)  # the identity and Pillow's 7 turns and mirrorings
 CACHE_VERSION = 2  # raise it whenever the same input would give other features
+ENCODE_BATCH = 4  # images a call; networks may round differently in another: see CACHE_VERSION
 SHARD_BYTES = 2**24  # a shard is written when it holds so much: what a kill can lose
+ATTEMPTS = 3  # at tiles that others rewrite while they are encoded
 LEFT_OVER = 3600.0  # seconds: an unfinished file of this age is no other run's, but a killed one's
 NAMES = ("mean", "std", "embeddings")
 
@@ -126,20 +129,27 @@ def encode_tiles(loaded, encode: Callable, batch_size: int, dihedral: bool = Fal
 
 
 def cached_images(cache_folder, tiles, encode: Callable, *, base_hash: str, size: int, how: str,
-                  dihedral: bool, strict: bool, batch_size: int, report: Callable,
-                  workers: int = 1) -> Features:
+                  dihedral: bool, strict: bool, report: Callable, workers: int = 1,
+                  device="cpu", batch_size: int | None = None) -> Features:
     """`cached_features` of images: loaded by `load_tiles`, encoded by `encode_tiles`.
 
-    base_hash: of VAE and encoder. Raises: ValueError as `cached_features` and `load_tiles`.
+    base_hash: of VAE and encoder. device: where `encode` computes; another type has a cache of its
+    own. Every call of `encode` gets ENCODE_BATCH images; `batch_size` is not used, and goes when no
+    caller passes it. Raises: ValueError as `cached_features` and `load_tiles`.
     """
+    def encode_full(images):
+        filled = images + images[-1:] * (ENCODE_BATCH - len(images))  # the last batch, too
+        return tuple(output[:len(images)] for output in encode(filled))
+
     def compute(missing):
         bar = tqdm(missing, "encoding", unit="tile", disable=None)  # none where stderr is a file
-        return encode_tiles(load_tiles(bar, size, how, strict, report, workers), encode,
-                            batch_size, dihedral)
+        return encode_tiles(load_tiles(bar, size, how, strict, report, workers), encode_full,
+                            ENCODE_BATCH, dihedral)
 
     return cached_features(
         cache_folder, tiles, compute, report=report, workers=workers,
-        settings={"base": base_hash, "size": size, "tile_fit": how, "dihedral": dihedral})
+        settings={"base": base_hash, "size": size, "tile_fit": how, "dihedral": dihedral,
+                  "device": torch.device(device).type})
 
 
 def cached_features(cache_folder, tiles, compute: Callable, *, settings: dict, report: Callable,
@@ -149,26 +159,46 @@ def cached_features(cache_folder, tiles, compute: Callable, *, settings: dict, r
     `compute(tiles)` yields parts as `encode_tiles` does and leaves out, naming them, what cannot
     be read. `settings`: all that features depend on beside the bytes of `files_of(tile)`. `workers`
     threads compute checksums. `report(line)` hears of damaged shards, changed and skipped tiles.
-    Raises: ValueError if no tile can be read, or computed ones cannot be written.
+    Raises: ValueError if no tile can be read, computed ones cannot be written or be read back, or
+    tiles were rewritten while they were computed, ATTEMPTS times.
     """
     key = hashlib.sha256(repr((CACHE_VERSION, sorted(settings.items()))).encode()).hexdigest()
     folder = Path(cache_folder) / f"features-{key[:16]}"
+
+    def content_of(tile):
+        return _content(files_of(tile))
+
     with ThreadPoolExecutor(workers) as pool:
-        contents = dict(zip(tiles, pool.map(lambda tile: _content(files_of(tile)), tiles)))
-        wanted = set(contents.values()) - {None}
-        entries, known_paths, damaged = _open_shards(
-            sorted(folder.glob("shard-*")), key, wanted, report, pool)
-        # By content, because two files of the same bytes are one entry; None: cannot be read.
-        missing = list({contents[t] or t: t for t in tiles if contents[t] not in entries}.values())
-        if missing:
+        for _ in range(ATTEMPTS):
+            contents = dict(zip(tiles, pool.map(content_of, tiles)))
+            wanted = set(contents.values()) - {None}
+            entries, known_paths, damaged = _open_shards(
+                sorted(folder.glob("shard-*")), key, wanted, pool)
+            for error in damaged.values():
+                report(f"{error}; its tiles are computed again")
+            # By content, because two files of the same bytes are one entry; None: cannot be read.
+            missing = list({contents[tile] or tile: tile for tile in tiles
+                            if contents[tile] not in entries}.values())
+            if not missing:
+                break
             changed = sum(str(tile.path.resolve()) in known_paths for tile in missing)
             found = sum(contents[tile] in entries for tile in tiles)
             if found or changed:
                 report(f"features: {found} of {len(tiles)} tiles are in the cache; to compute: "
                        f"{len(missing)}, of which {changed} changed since")
             _make_folder(folder, settings, damaged)
-            written = _write_shards(folder, key, compute(missing), contents)
-            entries |= _open_shards(written, key, wanted, report, pool)[0]
+            written, rewritten = _write_shards(folder, key, compute(missing), contents, content_of)
+            opened, _, failed = _open_shards(written, key, wanted, pool)
+            for error in failed.values():  # computing again would wear the disk, and no more
+                raise ValueError(f"{error}, just after it was written; is the disk sound?")
+            entries |= opened
+            if not rewritten:
+                break
+            report(f"features: {len(rewritten)} tiles were rewritten while they were computed, "
+                   f"{rewritten[0].path} the first; they are computed again")
+        else:
+            raise ValueError(f"{rewritten[0].path}: rewritten each time it was computed; "
+                             "start again when its files are at rest")
     kept = [tile for tile in tiles if contents[tile] in entries]
     if not kept:
         raise ValueError(f"no readable tile: {len(tiles)} of {len(tiles)} files failed")
@@ -185,13 +215,12 @@ def _content(paths):
         return None
 
 
-def _open_shards(paths, key, wanted, report, pool):
-    """({content: (shard's tensors, position)}, every file path ever cached, damaged shards)."""
-    entries, known_paths, damaged = {}, set(), []
+def _open_shards(paths, key, wanted, pool):
+    """({content: (shard's tensors, position)}, all file paths of tiles, {damaged shard: error})."""
+    entries, known_paths, damaged = {}, set(), {}
     for path, result in zip(paths, pool.map(lambda path: _read_shard(path, key, wanted), paths)):
         if isinstance(result, ValueError):
-            report(f"{result}; its tiles are computed again")
-            damaged.append(path)
+            damaged[path] = result
             continue
         tensors, contents, sources = result
         known_paths |= set(sources)
@@ -231,32 +260,40 @@ def _make_folder(folder, settings, damaged):
         path.unlink(missing_ok=True)
 
 
-def _write_shards(folder, key, parts, contents):
-    """Write computed parts as shards of about SHARD_BYTES; → their paths."""
-    written, tiles, columns = [], [], []
+def _write_shards(folder, key, parts, contents, content_of):
+    """Write computed parts as shards of about SHARD_BYTES; → (their paths, tiles left out).
+
+    Left out is a tile whose bytes no longer are those of `contents`: it may have been read so.
+    """
+    written, rewritten, finished = [], [], []  # finished: (tiles, their rows of each tensor)
 
     def write():
+        tiles = [tile for part_tiles, _ in finished for tile in part_tiles]
+        columns = zip(*(part for _, part in finished), strict=True)
         names = [contents[tile] for tile in tiles]
         sources = [str(tile.path.resolve()) for tile in tiles]
-        tensors = {name: torch.cat(column).unflatten(0, (len(tiles), -1))
-                   for name, column in zip(NAMES, zip(*columns), strict=True)}
+        tensors = {name: torch.cat(column) for name, column in zip(NAMES, columns, strict=True)}
         name = hashlib.sha256(repr(names).encode()).hexdigest()[:16]
         written.append(folder / f"shard-{name}.safetensors")
         save_tensors(written[-1], tensors, {
             "contents": json.dumps(names), "paths": json.dumps(sources),
             "checksum": _checksum(key, names, sources, tensors)})
-        tiles.clear(), columns.clear()
+        finished.clear()
 
     try:
         for part_tiles, part in parts:
-            tiles += part_tiles
-            columns.append(part)
-            if sum(t.nbytes for column in columns for t in column) >= SHARD_BYTES:
+            same = [content_of(tile) == contents[tile] for tile in part_tiles]
+            rewritten += [tile for tile, kept in zip(part_tiles, same, strict=True) if not kept]
+            part = tuple(t.unflatten(0, (len(same), -1))[torch.tensor(same)] for t in part)
+            kept_tiles = [tile for tile, kept in zip(part_tiles, same, strict=True) if kept]
+            if kept_tiles:
+                finished.append((kept_tiles, part))  # one step: Ctrl-C comes before or after it
+            if sum(t.nbytes for _, part in finished for t in part) >= SHARD_BYTES:
                 write()
     finally:  # Ctrl-C, too, or a tile that stops the run, keeps what is finished
-        if tiles:
+        if finished:
             write()
-    return written
+    return written, rewritten
 
 
 def _gather(entries, tiles):

@@ -22,8 +22,8 @@ from pixcell_min import features as module
 from pixcell_min.base import load_pixcell_base
 from pixcell_min.checkpoint import read_tensors
 from pixcell_min.data import Tile, find_tiles, image_to_tensor, load_tiles, read_tile
-from pixcell_min.features import (DIHEDRAL, Features, Rows, cached_features, encode_images,
-                                  encode_tiles)
+from pixcell_min.features import (DIHEDRAL, ENCODE_BATCH, Features, Rows, cached_features,
+                                  cached_images, encode_images, encode_tiles)
 
 ROOT = Path(pixcell_min.__file__).parent.parent
 MAX_GROWTH = 300  # MB of memory that is not page cache, from 1,000 to 20,000 tiles
@@ -237,6 +237,46 @@ def test_a_change_of_settings_makes_a_cache_of_its_own(cache):
     assert len(settings) == 5
 
 
+def images_cached(cache, folder, tiles=None, *, vae=None, encoder=None, size=12, dihedral=False,
+                  **options):
+    """`cached_images` as train.py calls it."""
+    return cached_images(
+        cache.folder / folder, tiles or cache.tiles,
+        lambda images: encode_images(images, vae or StubVAE(), encoder or StubEncoder()),
+        base_hash="base", size=size, how="pad", dihedral=dihedral, strict=True,
+        report=cache.lines.append, **options)
+
+
+@pytest.mark.parametrize("dihedral", [False, True])
+@pytest.mark.parametrize("batch_size", [None, 1, 3, 16])
+def test_images_are_encoded_in_full_batches_of_one_size(cache, batch_size, dihedral):
+    encoder = StubEncoder()
+    features = images_cached(cache, "a", encoder=encoder, dihedral=dihedral, batch_size=batch_size)
+    assert encoder.batches == [ENCODE_BATCH] * (10 if dihedral else 2) and ENCODE_BATCH == 4
+    direct = encode_all([read_tile(t.path) for t in cache.tiles], StubVAE(), StubEncoder(), 64,
+                        dihedral=dihedral)
+    assert_same(features, Features(*direct, tiles=cache.tiles))
+
+
+@pytest.mark.parametrize("dihedral", [False, True])
+def test_features_have_the_same_bits_whatever_was_encoded_beside_them(cache, tiny_base, dihedral):
+    """Real networks: five tiles at once, in another order, and one by one with others added."""
+    pipeline = load_pixcell_base(tiny_base, "cpu", "no")
+    options = {"vae": pipeline.vae, "encoder": pipeline.encoder, "size": 64, "dihedral": dihedral}
+    whole = images_cached(cache, "whole", **options)
+    images_cached(cache, "turned", cache.tiles[::-1], **options)
+    for count in (1, 3):
+        images_cached(cache, "grown", cache.tiles[:count], **options)
+    for folder in ("turned", "grown"):
+        assert_same(whole, images_cached(cache, folder, **options))
+
+
+def test_another_type_of_device_has_a_cache_of_its_own(cache):
+    for device, folders in (("cpu", 1), (torch.device("cpu"), 1), ("cuda", 2), ("cuda:1", 2)):
+        images_cached(cache, "a", device=device)
+        assert len(list((cache.folder / "a").glob("features-*"))) == folders, device
+
+
 def test_a_subset_and_another_order_give_the_rows_of_their_tiles(cache):
     whole, _ = cache()
     for tiles in (cache.tiles[::-1], cache.tiles[3:], [cache.tiles[i] for i in (4, 0, 2)]):
@@ -273,6 +313,66 @@ def test_changed_tiles_are_found_counted_and_computed(cache):
         assert features.embeddings[torch.tensor(index)][0].tolist() == list(
             noise_image(seed=seed).getpixel((0, 0)))
     assert cache()[1] == 0
+
+
+@pytest.mark.parametrize("dihedral", [False, True])
+@pytest.mark.parametrize("index", [1, 4])
+def test_a_tile_rewritten_while_others_are_encoded_is_not_stored_under_its_old_bytes(
+        cache, monkeypatch, index, dihedral):
+    """A copy of its old bytes, for which it was to stand (of equals the last is read), stays."""
+    path = cache.tiles[index].path
+    copy = Tile(path.with_name(f"copy_{path.name}"), cache.tiles[index].label)
+    copy.path.write_bytes(path.read_bytes())
+    options = {"lossless": True} if path.suffix == ".webp" else {}
+    tiles, original, calls = [copy, *cache.tiles], encode_images, []
+
+    def encode(*args):
+        calls.append(1)
+        if len(calls) == 1:
+            noise_image(seed=70).save(path, **options)
+        return original(*args)
+
+    monkeypatch.setitem(globals(), "encode_images", encode)
+    features, _ = cache(tiles, workers=1, dihedral=dihedral)
+    seeds = [index] + [70 if i == index else i for i in range(5)]
+    expected = [list(noise_image(seed=seed).getpixel((0, 0))) for seed in seeds]
+    assert features.tiles == tiles
+    assert features.embeddings[features.rows(tiles)][:, 0].tolist() == expected
+    again, count = cache(tiles, dihedral=dihedral)
+    assert count == 0 and again.embeddings[again.rows(tiles)][:, 0].tolist() == expected
+
+
+def test_a_rewritten_tile_is_named_and_computed_again(cache, monkeypatch):
+    path, original, calls = cache.tiles[0].path, encode_images, []
+
+    def encode(*args):
+        calls.append(1)
+        if len(calls) == 1:
+            noise_image(seed=70).save(path)
+        return original(*args)
+
+    monkeypatch.setitem(globals(), "encode_images", encode)
+    assert cache(strict=True)[1] == 6
+    assert cache.lines == [
+        f"features: 1 tiles were rewritten while they were computed, {path} the first; "
+        "they are computed again",
+        "features: 4 of 5 tiles are in the cache; to compute: 1, of which 0 changed since"]
+
+
+def test_a_tile_that_is_rewritten_all_the_time_is_one_line(cache, monkeypatch):
+    path, original, calls = cache.tiles[0].path, encode_images, []
+
+    def encode(*args):
+        calls.append(1)
+        noise_image(seed=70 + len(calls)).save(path)
+        return original(*args)
+
+    monkeypatch.setitem(globals(), "encode_images", encode)
+    with pytest.raises(ValueError, match="0.png: rewritten each time it was computed") as caught:
+        cache()
+    assert "\n" not in str(caught.value)
+    monkeypatch.undo()
+    assert cache()[1] == 1  # what was at rest is kept
 
 
 def test_a_renamed_file_and_a_copy_are_found(cache):
@@ -312,6 +412,29 @@ def test_a_damaged_shard_is_found_named_and_rebuilt(cache, damage):
     assert not any("\n" in line for line in cache.lines) and " 0 changed since" in cache.lines[1]
     assert_same(first, again)
     assert cache()[1] == 0 and len(cache.lines) == 2
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("torn", [slice(-40), slice(0), slice(60, None)])
+def test_a_shard_that_cannot_be_read_back_stops_the_run_in_one_line(
+        cache, monkeypatch, strict, torn):
+    """A disk that loses what it took: no tile is dropped as if it were unreadable itself."""
+    original = module.save_tensors
+
+    def lose(path, *args):
+        original(path, *args)
+        if not lost:
+            lost.append(path)
+            path.write_bytes(path.read_bytes()[torn])
+
+    lost = []
+    monkeypatch.setattr(module, "save_tensors", lose)
+    with pytest.raises(ValueError, match="just after it was written") as caught:
+        cache(strict=strict)
+    assert str(lost[0]) in str(caught.value) and "\n" not in str(caught.value)
+    assert cache.lines == []
+    features, count = cache(strict=strict)
+    assert count == 2 and features.tiles == cache.tiles  # the others were kept
 
 
 def test_unreadable_tiles_are_named_each_time_and_keep_no_others(cache):
@@ -402,6 +525,46 @@ def test_an_interrupt_keeps_every_finished_tile(cache, monkeypatch):
         cache()
     monkeypatch.undo()
     assert cache()[1] == 1
+
+
+def interrupted_at(line, action):
+    """Whether Ctrl-C at the line-th line that `_write_shards` runs came before it had ended."""
+    left = line
+
+    def count(frame, event, _):
+        nonlocal left
+        left -= event == "line"
+        if left == 0:
+            left -= 1
+            raise KeyboardInterrupt
+        return count
+
+    def enter(frame, event, _):
+        return count if frame.f_code is module._write_shards.__code__ else None
+
+    sys.settrace(enter)
+    try:
+        action()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+    return False
+
+
+def test_an_interrupt_at_any_line_leaves_whole_shards(cache, tmp_path, monkeypatch):
+    """Of the loop that gathers and writes; two parts make a shard."""
+    whole, _ = cache()
+    monkeypatch.setattr(module, "SHARD_BYTES", 4 * 4 * (2 * 27 + 3))
+    for line in range(1, 200):
+        cache.folder = tmp_path / f"line{line}"
+        if not interrupted_at(line, cache):
+            break
+        left = sum(len(read_tensors(path)[0]["mean"]) for path in cache.files())
+        features, count = cache()
+        assert_same(features, whole)
+        assert count == 5 - left
+    assert line > 20 and not any("damaged" in line for line in cache.lines)
 
 
 def test_unfinished_files_of_killed_runs_are_removed_when_old(cache):
@@ -517,6 +680,19 @@ def test_the_fingerprint_is_of_these_rows_in_this_order():
     rows = torch.arange(199, -1, -1)
     whole = hashlib.sha256(features.embeddings[rows].numpy()).hexdigest()
     assert features.fingerprint(rows) == whole != features.fingerprint(torch.arange(200))
+
+
+def test_the_readmes_bytes_per_tile_are_those_of_both_bases():
+    def megabytes(pixels, variants):
+        shapes = (16, pixels // 8, pixels // 8), (16, pixels // 8, pixels // 8), (
+            (pixels // 256) ** 2, 1536)
+        tensors = [torch.empty(variants, *shape, device="meta") for shape in shapes]
+        return Features(*tensors, tiles=[Tile(Path("0.png"))]).nbytes / 1e6
+
+    assert (" ".join((ROOT / "README.md").read_text().split())).count(
+        f"{megabytes(256, 1):.2f} MB on disk with a base of 256 px, {megabytes(256, 8):.1f} MB with its "
+        f"eight turns and mirrorings (`--dihedral`, the default); with a base of 1024 px "
+        f"{megabytes(1024, 1):.1f} MB and {megabytes(1024, 8):.1f} MB") == 1
 
 
 # ---------------------------------------------------------------------------------- memory

@@ -23,7 +23,7 @@ from pixcell_min.base import load_pixcell_base
 from pixcell_min.checkpoint import read_tensors
 from pixcell_min.config import Config, read_yaml
 from pixcell_min.data import find_tiles, fit_tile, read_tile
-from pixcell_min.features import DIHEDRAL, Features, encode_images
+from pixcell_min.features import DIHEDRAL, ENCODE_BATCH, Features, encode_images
 from pixcell_min.images import read_settings
 from pixcell_min.lora import inject_lora, load_lora, lora_layers, lora_parameters
 from pixcell_min.schedulers import NoiseSchedule
@@ -252,7 +252,8 @@ def test_cached_training_equals_uncached_bit_for_bit(arguments, tmp_path, tiny_b
     images = [fit_tile(read_tile(tile.path), 64, "resize") for tile in features.tiles]
     direct = [encode_images([image if turn is None else image.transpose(turn) for turn in part],
                             pipeline.vae, pipeline.encoder)
-              for image in images for part in (DIHEDRAL[i:i + 2] for i in range(0, 8, 2))]
+              for image in images
+              for part in (DIHEDRAL[i:i + ENCODE_BATCH] for i in range(0, 8, ENCODE_BATCH))]
     plain = Features(*(torch.cat(column) for column in zip(*direct)), tiles=features.tiles)
     for step in range(3):
         drawn = [list(draw_micro_batches(source, source.rows(training), pipeline.schedule, 2, 2, 0.1,
