@@ -303,7 +303,7 @@ def load_features(config: Config, pipeline, tiles):
             config.cache, tiles, lambda images: encode_images(
                 images, pipeline.vae, pipeline.encoder, pipeline.device),
             base_hash=features_hash(config.base), size=sizes.sample_size * vae.downscale,
-            how=config.tile_fit, dihedral=config.dihedral, batch_size=config.batch_size, **common)
+            how=config.tile_fit, dihedral=config.dihedral, device=pipeline.device, **common)
     pipeline.release()
     training, validation = split_tiles(features.tiles, config.validation_fraction, config.seed)
     print(f"tiles: {len(training)} to train on, {len(validation)} held out; latents and embeddings "

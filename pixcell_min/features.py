@@ -130,12 +130,12 @@ def encode_tiles(loaded, encode: Callable, batch_size: int, dihedral: bool = Fal
 
 def cached_images(cache_folder, tiles, encode: Callable, *, base_hash: str, size: int, how: str,
                   dihedral: bool, strict: bool, report: Callable, workers: int = 1,
-                  device="cpu", batch_size: int | None = None) -> Features:
+                  device="cpu") -> Features:
     """`cached_features` of images: loaded by `load_tiles`, encoded by `encode_tiles`.
 
     base_hash: of VAE and encoder. device: where `encode` computes; another type has a cache of its
-    own. Every call of `encode` gets ENCODE_BATCH images; `batch_size` is not used, and goes when no
-    caller passes it. Raises: ValueError as `cached_features` and `load_tiles`.
+    own. Every call of `encode` gets ENCODE_BATCH images. Raises: ValueError as `cached_features` and
+    `load_tiles`.
     """
     def encode_full(images):
         filled = images + images[-1:] * (ENCODE_BATCH - len(images))  # the last batch, too
