@@ -30,9 +30,8 @@ from pixcell_min.monitor import draw_curve, draw_grid, estimate, open_tensorboar
 from pixcell_min.precision import make_deterministic
 from pixcell_min.precomputed import cached_precomputed, find_precomputed
 from pixcell_min.runs import (GRID, SETTINGS, StopSignals, check_new, check_writable,
-                              describe_session, kept, load_state, log, read_log, require_state,
-                              resume_command, resume_run, save_shared, save_state, start_run,
-                              state_files)
+                              describe_session, kept, load_state, log, require_state, resume_command,
+                              resume_run, save_shared, save_state, start_run, state_files)
 from pixcell_min.tools.synthetic import SECOND, write_dataset
 from pixcell_min.training import (Progress, TrainingState, build_optimizer, build_scaler,
                                   count_attempt, count_validation, diffusion_loss,
@@ -127,7 +126,7 @@ def train(config: Config, options, command) -> int:
 
     with StopSignals() as stop, board or nullcontext():
         try:
-            if not read_log(run):
+            if state.progress.attempt == 0:  # so a resumed run validates again, and as a new one
                 validate()
             fit(config, total, state, loss_of, batches_of, note, validate, draw, save, stop)
         except ValueError as error:

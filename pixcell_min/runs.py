@@ -23,7 +23,7 @@ from pixcell_min import checkpoint
 from pixcell_min.adapter import save_adapter
 from pixcell_min.ema import averaged
 from pixcell_min.lora import save_lora
-from pixcell_min.training import TrainingState
+from pixcell_min.training import Progress, TrainingState
 
 RECORD, SETTINGS, TILES = "run.json", "config.yaml", "tiles.json"
 STATES, METRICS, GRID = "states", "metrics.jsonl", "samples/grid.png"
@@ -189,6 +189,8 @@ def load_state(run: Path, identity: dict, state: TrainingState, report) -> None:
             raise ValueError(f"{run}: cannot resume: {key} was {saved[key]}, is {value}")
     kept = [line for line in read_log(run) if line["attempt"] <= saved["progress"]["attempt"]]
     state.load_state_dict(saved, path)
+    if not state.progress.attempt:  # saved before the first validation, which is made anew
+        kept, state.progress = [], Progress()
     for failed, error in failures:
         lost = checkpoint.state_step(failed) - state.progress.step
         report(f"{error}; {lost} steps are lost: going on from {path.name}")

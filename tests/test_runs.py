@@ -53,6 +53,10 @@ def at_step(step, act, monkeypatch):
         act() if now == step else None, original(now, *rest))[1])
 
 
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
 # ------------------------------------------------------------------------------------- SIGKILL
 
 def killed_run(arguments, folder, kills, seed, steps):
@@ -112,14 +116,39 @@ def test_a_kill_before_the_first_state_can_be_begun_again(left, arguments, tmp_p
 
 def test_a_state_is_there_before_the_first_step_so_that_resume_always_works(
         arguments, tmp_path, whole, monkeypatch):
-    def stop(*_):
-        raise KeyboardInterrupt
     with monkeypatch.context() as patch:
-        patch.setattr(train, "validation_loss", stop)
+        patch.setattr(train, "validation_loss", interrupt)
         assert train.main([*arguments, *SIX]) == 130
     assert resume(tmp_path / "run") == 0
     assert_same_weights(weights(tmp_path / "run"), whole[0])
     assert timeless(tmp_path / "run") == whole[1]
+
+
+@pytest.mark.parametrize("end", ["a kill", "a signal"])
+def test_a_resume_from_step_0_validates_anew_and_stops_early_where_the_whole_run_did(
+        end, arguments, tmp_path, monkeypatch):
+    run, losses = tmp_path / "run", {0: 1.0}
+
+    def loss(*_):  # the lowest before the first step
+        return losses.get(len([line for line in metrics(run) if "loss" in line]), 2.0), [0.0] * 8
+
+    monkeypatch.setattr(train, "validation_loss", loss)
+    flags = [*arguments, "--validate-every", "1", "--early-stop", "2", "--save-every", "0"]
+    assert train.main(flags) == 0
+    whole = timeless(run)
+    assert whole[-1]["step"] == 2
+    with monkeypatch.context() as patch:
+        if end == "a kill":
+            at_step(0, interrupt, patch)
+            assert train.main([*flags, "--overwrite"]) == 130
+        else:
+            patch.setattr(train, "validation_loss", lambda *_: (
+                os.kill(os.getpid(), signal.SIGINT), loss())[1])
+            assert train.main([*flags, "--overwrite"]) == 130
+    assert [line["step"] for line in metrics(run)] == [0]
+    assert runs.state_files(run)[0].name == "step-00000000.pt"
+    assert resume(run) == 0
+    assert timeless(run) == whole
 
 
 def test_a_pair_of_different_steps_is_refused_and_mended_by_resume(
