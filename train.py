@@ -217,7 +217,8 @@ def check_run_folder(run: Path, config: Config, options) -> None:
     then = Config(**read_yaml(run / SETTINGS))
     changed = {name: f"{name} {getattr(then, name)} → {getattr(config, name)}"
                for name in vars(config) if getattr(then, name) != getattr(config, name)}
-    if refused := [line for name, line in changed.items() if name not in FREE_ON_RESUME]:
+    free = FREE_ON_RESUME - ({"validate_every"} if config.early_stop else set())  # it decides the end
+    if refused := [line for name, line in changed.items() if name not in free]:
         raise ValueError(f"{run}: cannot resume with other settings: {'; '.join(refused)}")
     if changed:
         print(f"train.py: note: other settings, of no effect on the result: "

@@ -384,6 +384,18 @@ def test_a_resume_names_each_difference_and_refuses_those_that_change_the_result
     assert train.read_yaml(run / "config.yaml")["save_every"] == 3
 
 
+def test_validate_every_is_free_on_resume_unless_it_decides_where_the_run_ends(
+        arguments, tmp_path, capsys):
+    run = tmp_path / "run"
+    flags = [*arguments, "--max-train-steps", "1"]
+    assert train.main(flags) == 0
+    assert resume(run, "--validate-every", "1") == 0
+    assert train.main([*flags, "--overwrite", "--early-stop", "9"]) == 0
+    capsys.readouterr()
+    assert resume(run, "--validate-every", "1") == 2
+    assert "other settings: validate_every 100 → 1" in last_line(capsys)
+
+
 def test_the_same_command_again_says_how_to_go_on(arguments, tmp_path, capsys):
     run = tmp_path / "my run"
     flags = [*arguments, "--max-train-steps", "1", "--out", str(run)]
