@@ -101,15 +101,15 @@ def start_run(run: Path, session: dict, settings: str, training, validation) -> 
     trained on and what held out, by path and SHA-256, so that whoever measures the run can keep
     apart what it has seen.
     """
-    remove_temporary(run)
+    named = {name: [{"path": str(tile.path.resolve()), "hash": checkpoint.file_hash(tile.path)}
+                    for tile in tiles]
+             for name, tiles in (("training", training), ("validation", validation))}
+    remove_temporary(run)  # only now: a tile that could not be hashed has raised
     for pattern in OWN_FILES:
         for path in run.glob(pattern):
             path.unlink()
     _write_json(run / RECORD, {"sessions": [{"from_step": 0, **session}]})
-    _write_json(run / TILES, {
-        name: [{"path": str(tile.path.resolve()), "hash": checkpoint.file_hash(tile.path)}
-               for tile in tiles]
-        for name, tiles in (("training", training), ("validation", validation))})
+    _write_json(run / TILES, named)
     checkpoint.write_text(run / SETTINGS, settings)
     checkpoint.write_text(run / METRICS, "")
 

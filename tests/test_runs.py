@@ -396,6 +396,22 @@ def test_validate_every_is_free_on_resume_unless_it_decides_where_the_run_ends(
     assert "other settings: validate_every 100 → 1" in last_line(capsys)
 
 
+def test_an_overwrite_that_cannot_hash_a_tile_loses_nothing(arguments, tmp_path, monkeypatch, capsys):
+    run, hashed = tmp_path / "run", checkpoint.file_hash
+    assert train.main([*arguments, "--max-train-steps", "1"]) == 0
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+    def gone(path):
+        if str(path).endswith("TUM_3.png"):  # since it was read
+            raise ValueError(f"{path}: cannot be read")
+        return hashed(path)
+
+    monkeypatch.setattr(checkpoint, "file_hash", gone)
+    assert train.main([*arguments, "--overwrite", "--seed", "3"]) == 2
+    assert "TUM_3.png: cannot be read" in last_line(capsys)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
 def test_the_same_command_again_says_how_to_go_on(arguments, tmp_path, capsys):
     run = tmp_path / "my run"
     flags = [*arguments, "--max-train-steps", "1", "--out", str(run)]
