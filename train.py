@@ -34,9 +34,10 @@ from pixcell_min.runs import (GRID, SETTINGS, StopSignals, check_new, check_writ
                               resume_run, save_shared, save_state, start_run, state_files)
 from pixcell_min.tools.synthetic import SECOND, write_dataset
 from pixcell_min.training import (Progress, TrainingState, build_optimizer, build_scaler,
-                                  count_attempt, count_validation, diffusion_loss,
-                                  draw_micro_batches, generator_for, group_by_class,
-                                  is_due, optimizer_step, rate_factor, validation_loss)
+                                  check_attempt, count_attempt, count_validation,
+                                  diffusion_loss, draw_micro_batches, generator_for,
+                                  group_by_class, is_due, optimizer_step, rate_factor,
+                                  validation_loss)
 
 PACKAGE = Path(__file__).resolve().parent / "pixcell_min"
 PROCEDURAL_TILES = 72  # 8 of each tissue
@@ -130,7 +131,7 @@ def train(config: Config, options, command) -> int:
                 validate()
             fit(config, total, state, loss_of, batches_of, note, validate, draw, save, stop)
         except ValueError as error:
-            raise ValueError(f"{error}; {kept(run)}") from None
+            raise ValueError(f"{error}; {kept(run, error)}") from None
     if stop.received:
         print(f"train.py: stopped by {signal.Signals(stop.received).name} after step "
               f"{state.progress.step}, saved; go on with: {resume_command(run)}", file=sys.stderr)
@@ -177,15 +178,16 @@ def fit(config: Config, total: int, state: TrainingState, loss_of, batches_of, n
                 loss_of, batches_of(progress.attempt),
                 config.batch_size * config.gradient_accumulation_steps, state.optimizer,
                 state.scaler, config.max_grad_norm)
-            count_attempt(state, report)
-            if state.averages and not report.skipped:
-                update_averages(state.averages, state.parameters, config.ema_decay, progress.step)
+            count_attempt(progress, report)
             rates = [group["lr"] for group in state.optimizer.param_groups]
             note(progress, {
                 "loss": report.loss, "grad_norm": report.grad_norm, "lora_rate": rates[0],
                 "adapter_rate": rates[1], "loss_scale": report.loss_scale,
                 "skipped": report.skipped, "skipped_so_far": progress.skipped,
                 "seconds": round(time.monotonic() - began, 3)})
+            check_attempt(state, report)  # once it is logged
+            if state.averages and not report.skipped:
+                update_averages(state.averages, state.parameters, config.ema_decay, progress.step)
             if report.skipped:
                 tqdm.write(f"step {progress.step + 1} skipped: float16 overflowed; the loss scale "
                            f"is {report.loss_scale:g} now ({progress.skipped} skipped so far)")

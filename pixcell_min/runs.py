@@ -23,7 +23,7 @@ from pixcell_min import checkpoint
 from pixcell_min.adapter import save_adapter
 from pixcell_min.ema import averaged
 from pixcell_min.lora import save_lora
-from pixcell_min.training import Progress, TrainingState
+from pixcell_min.training import Diverged, Progress, TrainingState
 
 RECORD, SETTINGS, TILES = "run.json", "config.yaml", "tiles.json"
 STATES, METRICS, GRID = "states", "metrics.jsonl", "samples/grid.png"
@@ -216,11 +216,17 @@ def resume_run(run: Path, session: dict, settings: str, state: TrainingState, re
     checkpoint.write_text(run / SETTINGS, settings)
 
 
-def kept(run: Path) -> str:
-    """What is left after a failure, and how to go on."""
-    files = state_files(run)
-    return (f"{files[0].stem.replace('-', ' ')} is kept: {resume_command(run)}" if files
-            else "nothing was saved yet")
+def kept(run: Path, error=None) -> str:
+    """What is left after an error, and how to go on, or after `Diverged`, how to start anew."""
+    if not state_files(run):
+        return "nothing was saved yet"
+    newest = checkpoint.newest_intact(run / STATES)
+    step = newest.stem.replace("-", " ") if newest else "no step"
+    if isinstance(error, Diverged):  # a resume refuses other settings and would repeat these
+        return ("start anew so, with another --out or with --overwrite; what was saved at "
+                f"{step} stays in {run}")
+    return (f"{step} is kept: {resume_command(run)}" if newest else
+            f"no state in {run} can be read: start again with --overwrite")
 
 
 # ---------------------------------------------------------------- files to share

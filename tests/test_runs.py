@@ -325,6 +325,18 @@ def test_a_state_of_another_code_version_is_passed_over_kept_and_refused_if_alon
     assert_same_weights(weights(run), whole[0])
 
 
+def test_an_interrupted_run_names_the_step_that_a_resume_takes(arguments, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    assert train.main([*arguments, *SIX]) == 0
+    for name in ("step-00000006.pt", "step-00000004.pt"):
+        (run / "states" / name).write_bytes(b"")
+        monkeypatch.setattr(train, "load_features", interrupt)
+        assert resume(run) == 130
+        assert last_line(capsys) == "train.py: interrupted; " + (
+            f"step 00000004 is kept: python train.py --resume --out {run}" if "6" in name else
+            f"no state in {run} can be read: start again with --overwrite")
+
+
 def test_older_states_go_and_the_previous_one_stays(arguments, tmp_path):
     assert train.main([*arguments, *SIX, "--save-every", "1"]) == 0
     names = [path.name for path in runs.state_files(tmp_path / "run")]
