@@ -27,7 +27,7 @@ from pixcell_min.ema import averaged, update_averages
 from pixcell_min.features import cached_images, encode_images
 from pixcell_min.lora import count_parameters, inject_lora, lora_parameters
 from pixcell_min.monitor import draw_curve, draw_grid, estimate, open_tensorboard
-from pixcell_min.precision import make_deterministic
+from pixcell_min.precision import make_deterministic, refusal
 from pixcell_min.precomputed import cached_precomputed, find_precomputed
 from pixcell_min.runs import (GRID, SETTINGS, StopSignals, check_new, check_writable,
                               describe_session, kept, load_state, log, require_state, resume_command,
@@ -35,9 +35,8 @@ from pixcell_min.runs import (GRID, SETTINGS, StopSignals, check_new, check_writ
 from pixcell_min.tools.synthetic import SECOND, write_dataset
 from pixcell_min.training import (Progress, TrainingState, build_optimizer, build_scaler,
                                   check_attempt, count_attempt, count_validation,
-                                  diffusion_loss, draw_micro_batches, generator_for,
-                                  group_by_class, is_due, optimizer_step, rate_factor,
-                                  validation_loss)
+                                  diffusion_loss, draw_micro_batches, generator_for, group_by_class,
+                                  is_due, optimizer_step, rate_factor, validation_loss)
 
 PACKAGE = Path(__file__).resolve().parent / "pixcell_min"
 PROCEDURAL_TILES = 72  # 8 of each tissue
@@ -61,13 +60,18 @@ def main(argv=None) -> int:
             return 0
         return train(config, options, ["python", "train.py", *argv])
     except (ValueError, OSError) as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
-        return 2
+        line = error
+    except (RuntimeError, MemoryError) as error:
+        if not (line := refusal(error)):
+            raise  # a fault of ours: with its traceback
+        line = f"{line}; {kept(Path(config.out))}"
     except KeyboardInterrupt:
-        run = Path(config.out) if config else None
-        go_on = f"; {kept(run)}" if run and state_files(run) else " before any save"
+        saved = config and state_files(run := Path(config.out))
+        go_on = f"; {kept(run)}" if saved else " before any save"
         print(f"train.py: interrupted{go_on}", file=sys.stderr)
         return 130
+    print(f"train.py: error: {line}", file=sys.stderr)
+    return 2
 
 
 def train(config: Config, options, command) -> int:

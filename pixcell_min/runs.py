@@ -187,6 +187,9 @@ def load_state(run: Path, identity: dict, state: TrainingState, report) -> None:
     for key, value in identity.items():
         if saved[key] != value:
             raise ValueError(f"{run}: cannot resume: {key} was {saved[key]}, is {value}")
+    if not isinstance(saved["progress"], dict) or saved["progress"].keys() != vars(Progress()).keys():
+        raise ValueError(f"{path}: its progress is {saved['progress']}, expected "
+                         f"{', '.join(vars(Progress()))}: of another version of this code?")
     kept = [line for line in read_log(run) if line["attempt"] <= saved["progress"]["attempt"]]
     state.load_state_dict(saved, path)
     if not state.progress.attempt:  # saved before the first validation, which is made anew
@@ -200,10 +203,11 @@ def load_state(run: Path, identity: dict, state: TrainingState, report) -> None:
 def resume_run(run: Path, session: dict, settings: str, state: TrainingState, report) -> None:
     """Note the session and the settings of a run that goes on; `report(line)` other versions."""
     sessions = checkpoint.read_json(run / RECORD).get("sessions")
-    if not isinstance(sessions, list) or not all(
-            {"versions", "hashes"} <= its.keys() for its in sessions if isinstance(its, dict)):
+    if not isinstance(sessions, list) or not sessions or not all(
+            isinstance(its, dict) and isinstance(its.get("versions"), dict)
+            and isinstance(its.get("hashes"), dict) for its in sessions):
         raise ValueError(f'{run / RECORD}: expected {{"sessions": […]}}, as train.py writes it')
-    then, now = ({**its["versions"], "pixcell_min's code": its["hashes"].get("code", "?")[:8]}
+    then, now = ({**its["versions"], "pixcell_min's code": str(its["hashes"].get("code"))[:8]}
                  for its in (sessions[-1], session))
     changed = [f"{name} {then.get(name)} → {now[name]}" for name in now
                if then.get(name) != now[name]]

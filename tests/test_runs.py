@@ -424,6 +424,58 @@ def test_an_overwrite_that_cannot_hash_a_tile_loses_nothing(arguments, tmp_path,
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize("sessions", [
+    [], ["x"], [{}], [{"versions": {}, "hashes": []}], {"versions": {}}, None])
+def test_a_broken_record_is_one_line(sessions, tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"sessions": sessions}))
+    with pytest.raises(ValueError, match="run.json: expected"):
+        runs.resume_run(tmp_path, {"versions": {}, "hashes": {"code": "a"}}, "", None, print)
+
+
+def test_a_state_with_another_progress_is_one_line(arguments, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train.main([*arguments, "--max-train-steps", "1"]) == 0
+    path = runs.state_files(run)[0]
+    saved = load_object(path)
+    saved["content"]["progress"]["epoch"] = 1
+    save_object(path, {**saved, "hash": content_hash(saved["content"])})
+    capsys.readouterr()
+    assert resume(run) == 2
+    error = last_line(capsys)
+    assert f"{path}: its progress is " in error and "expected step, attempt, skipped_in_a_row" in error
+
+
+def test_a_setting_unknown_in_a_runs_file_is_one_line(arguments, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train.main([*arguments, "--max-train-steps", "1"]) == 0
+    settings = tmp_path / "settings.yaml"
+    settings.write_text((run / "config.yaml").read_text())
+    with open(run / "config.yaml", "a") as file:
+        file.write("lora_rang: 3\n")
+    for more in ([], ["--config", str(settings)]):
+        assert resume(run, *more) == 2
+        assert "config.yaml: unknown key 'lora_rang'" in last_line(capsys)
+
+
+def test_out_of_memory_is_one_line_and_other_faults_keep_their_traceback(
+        arguments, tmp_path, monkeypatch, capsys):
+    def fail(error):
+        def raise_it():
+            raise error
+        return raise_it
+
+    with monkeypatch.context() as patch:
+        at_step(3, fail(torch.OutOfMemoryError("CUDA out of memory. Tried")), patch)
+        assert train.main([*arguments, *SIX]) == 2
+    error = last_line(capsys)
+    assert error.startswith("train.py: error: CUDA out of memory. Tried; free some, or start anew")
+    assert error.endswith(
+        f"; step 00000002 is kept: python train.py --resume --out {tmp_path / 'run'}")
+    at_step(3, fail(RuntimeError("a fault of ours")), monkeypatch)
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        resume(tmp_path / "run")
+
+
 def test_the_same_command_again_says_how_to_go_on(arguments, tmp_path, capsys):
     run = tmp_path / "my run"
     flags = [*arguments, "--max-train-steps", "1", "--out", str(run)]
