@@ -233,9 +233,7 @@ def check_run_folder(run: Path, config: Config, options) -> None:
 
 def preview(config: Config) -> None:
     """--dry-run: print the settings as YAML and, as its comments, what the run would take."""
-    def comment(line):
-        print("#", line)
-
+    comment = partial(print, "#")
     count = (len(find_precomputed(config.features)) if config.features else
              len(find_tiles(config.data)) if config.data else PROCEDURAL_TILES)
     pipeline = load_pixcell_base(config.base, config.device, config.mixed_precision)
