@@ -8,7 +8,6 @@ has never seen.
 """
 
 import math
-import os
 import signal
 import sys
 import time
@@ -32,7 +31,7 @@ from pixcell_min.precomputed import cached_precomputed, find_precomputed
 from pixcell_min.runs import (GRID, SETTINGS, StopSignals, check_new, check_writable,
                               describe_session, kept, load_state, log, require_state, resume_command,
                               resume_run, save_shared, save_state, start_run, state_files)
-from pixcell_min.tools.synthetic import SECOND, write_dataset
+from pixcell_min.tools.synthetic import SECOND, drawn_once
 from pixcell_min.training import (Progress, TrainingState, build_optimizer, build_scaler,
                                   check_attempt, count_attempt, count_validation,
                                   diffusion_loss, draw_micro_batches, generator_for, group_by_class,
@@ -318,11 +317,7 @@ def load_features(config: Config, pipeline, tiles):
 def procedural_tiles(config: Config) -> Path:
     """Folder of the second laboratory's procedural tiles, drawn once; appears when complete."""
     folder = Path(config.cache) / f"procedural-second-{PROCEDURAL_TILES}-{PROCEDURAL_SEED}"
-    if not folder.exists():
-        partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-        write_dataset(partial, PROCEDURAL_TILES, SECOND, PROCEDURAL_SEED)
-        os.replace(partial, folder)
-    return folder
+    return drawn_once(folder, PROCEDURAL_TILES, SECOND, PROCEDURAL_SEED)
 
 
 if __name__ == "__main__":
