@@ -29,8 +29,9 @@ from pixcell_min.monitor import draw_curve, draw_grid, estimate, open_tensorboar
 from pixcell_min.precision import make_deterministic, refusal
 from pixcell_min.precomputed import cached_precomputed, find_precomputed
 from pixcell_min.runs import (GRID, SETTINGS, StopSignals, check_new, check_writable,
-                              describe_session, kept, load_state, log, require_state, resume_command,
-                              resume_run, save_shared, save_state, start_run, state_files)
+                              describe_session, kept, load_state, lock, log, require_state,
+                              resume_command, resume_run, save_shared, save_state, start_run,
+                              state_files, unlock)
 from pixcell_min.tools.synthetic import SECOND, drawn_once
 from pixcell_min.training import (Progress, TrainingState, build_optimizer, build_scaler,
                                   check_attempt, count_attempt, count_validation,
@@ -69,6 +70,8 @@ def main(argv=None) -> int:
         go_on = f"; {kept(run)}" if saved else " before any save"
         print(f"train.py: interrupted{go_on}", file=sys.stderr)
         return 130
+    finally:
+        unlock()
     print(f"train.py: error: {line}", file=sys.stderr)
     return 2
 
@@ -152,8 +155,9 @@ def begin(run: Path, config: Config, options, command, identity, state, training
         command, {"base": identity["base_hash"], "embeddings": identity["tiles"]},
         [Path(__file__), *PACKAGE.glob("*.py")], seed=config.seed,
         precision=identity["dtype"], deterministic=config.deterministic)
+    lock(run)
     if not options.resume:
-        start_run(run, session, to_yaml(config), training, validation)
+        start_run(run, options.overwrite, session, to_yaml(config), training, validation)
         save_state(run, identity, state, config.keep_states)  # so that --resume works from now on
         return
     note = partial(print, "train.py: note:", file=sys.stderr)

@@ -26,6 +26,7 @@ from pixcell_min.lora import save_lora
 from pixcell_min.training import Diverged, Progress, TrainingState
 
 RECORD, SETTINGS, TILES = "run.json", "config.yaml", "tiles.json"
+LOCK = ".lock"
 STATES, METRICS, GRID = "states", "metrics.jsonl", "samples/grid.png"
 LORA, ADAPTER = "lora_weights.safetensors", "adapter.safetensors"
 LORA_EMA, ADAPTER_EMA = "lora_weights_ema.safetensors", "adapter_ema.safetensors"
@@ -74,7 +75,34 @@ def resume_command(run: Path) -> str:
 
 
 def _is_temporary(path):
-    return path.name.startswith(".") and path.suffix == ".tmp"
+    return path.name == LOCK or path.name.startswith(".") and path.suffix == ".tmp"
+
+
+_locks = []  # open files: a lock ends with its file, at the latest with the process
+
+
+def lock(run: Path) -> None:
+    """Make the folder and keep other processes out until `unlock`. Raises: ValueError if one is in.
+
+    On POSIX alone; a file system without locks keeps nobody out.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    if os.name == "posix":
+        import fcntl  # which other systems lack
+        _locks.append(file := open(run / LOCK, "w"))
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{run}: another process trains in it; wait for its end, stop it, or "
+                             "choose another --out") from None
+        except OSError:
+            pass
+
+
+def unlock() -> None:
+    """Let other processes in again."""
+    while _locks:
+        _locks.pop().close()
 
 
 # ---------------------------------------------------------------- record
@@ -94,13 +122,15 @@ def describe_session(command, hashes: dict, code, **facts) -> dict:
             "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
 
 
-def start_run(run: Path, session: dict, settings: str, training, validation) -> None:
+def start_run(run: Path, overwrite: bool, session: dict, settings: str, training, validation) -> None:
     """Record, tiles, settings; --overwrite deletes a run's own files, now that all else is good.
 
     The record comes first: a folder that has it may be overwritten. tiles.json names what was
     trained on and what held out, by path and SHA-256, so that whoever measures the run can keep
-    apart what it has seen.
+    apart what it has seen. Raises: ValueError, with nothing deleted, if a tile cannot be hashed.
     """
+    if (run / RECORD).is_file():  # perhaps since it was checked, by another process
+        check_new(run, overwrite)
     named = {name: [{"path": str(tile.path.resolve()), "hash": checkpoint.file_hash(tile.path)}
                     for tile in tiles]
              for name, tiles in (("training", training), ("validation", validation))}

@@ -476,6 +476,43 @@ def test_out_of_memory_is_one_line_and_other_faults_keep_their_traceback(
         resume(tmp_path / "run")
 
 
+def test_a_second_process_is_kept_out_of_a_run_and_changes_nothing(arguments, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train.main([*arguments, "--max-train-steps", "1"]) == 0
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "import fcntl, sys; file = open(sys.argv[1], 'w'); "
+         "fcntl.flock(file, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()",
+         run / ".lock"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        capsys.readouterr()
+        for flags in ([*arguments, "--overwrite"], ["--resume", "--out", str(run)]):
+            assert train.main(flags) == 2
+            assert last_line(capsys).startswith(
+                f"train.py: error: {run}: another process trains in it; wait")
+        assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    finally:
+        holder.communicate()
+    assert resume(run) == 0
+
+
+def test_a_run_that_another_process_made_meanwhile_is_not_replaced(
+        arguments, tmp_path, monkeypatch, capsys):
+    run, load = tmp_path / "run", train.load_features
+
+    def load_while_another_trains(*inputs):
+        run.mkdir()
+        (run / "run.json").write_text("theirs")
+        return load(*inputs)
+
+    monkeypatch.setattr(train, "load_features", load_while_another_trains)
+    assert train.main(arguments) == 2
+    assert "exists; replace it with --overwrite" in last_line(capsys)
+    assert (run / "run.json").read_text() == "theirs"
+
+
 def test_the_same_command_again_says_how_to_go_on(arguments, tmp_path, capsys):
     run = tmp_path / "my run"
     flags = [*arguments, "--max-train-steps", "1", "--out", str(run)]
