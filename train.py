@@ -8,7 +8,6 @@ has never seen.
 """
 
 import math
-import os
 import signal
 import sys
 import time
@@ -27,16 +26,16 @@ from pixcell_min.ema import averaged, update_averages
 from pixcell_min.features import cached_images, encode_images
 from pixcell_min.lora import count_parameters, inject_lora, lora_parameters
 from pixcell_min.monitor import draw_curve, draw_grid, estimate, open_tensorboard
-from pixcell_min.precision import make_deterministic
+from pixcell_min.precision import make_deterministic, refusal
 from pixcell_min.precomputed import cached_precomputed, find_precomputed
 from pixcell_min.runs import (GRID, SETTINGS, StopSignals, check_new, check_writable,
-                              describe_session, kept, load_state, log, read_log, require_state,
+                              describe_session, kept, load_state, lock, log, require_state,
                               resume_command, resume_run, save_shared, save_state, start_run,
-                              state_files)
-from pixcell_min.tools.synthetic import SECOND, write_dataset
+                              state_files, unlock)
+from pixcell_min.tools.synthetic import SECOND, drawn_once
 from pixcell_min.training import (Progress, TrainingState, build_optimizer, build_scaler,
-                                  count_attempt, count_validation, diffusion_loss,
-                                  draw_micro_batches, generator_for, group_by_class,
+                                  check_attempt, count_attempt, count_validation,
+                                  diffusion_loss, draw_micro_batches, generator_for, group_by_class,
                                   is_due, optimizer_step, rate_factor, validation_loss)
 
 PACKAGE = Path(__file__).resolve().parent / "pixcell_min"
@@ -61,13 +60,20 @@ def main(argv=None) -> int:
             return 0
         return train(config, options, ["python", "train.py", *argv])
     except (ValueError, OSError) as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
-        return 2
+        line = error
+    except (RuntimeError, MemoryError) as error:
+        if not (line := refusal(error)):
+            raise  # a fault of ours: with its traceback
+        line = f"{line}; {kept(Path(config.out))}"
     except KeyboardInterrupt:
-        run = Path(config.out) if config else None
-        go_on = f"; {kept(run)}" if run and state_files(run) else " before any save"
+        saved = config and state_files(run := Path(config.out))
+        go_on = f"; {kept(run)}" if saved else " before any save"
         print(f"train.py: interrupted{go_on}", file=sys.stderr)
         return 130
+    finally:
+        unlock()
+    print(f"train.py: error: {line}", file=sys.stderr)
+    return 2
 
 
 def train(config: Config, options, command) -> int:
@@ -127,11 +133,11 @@ def train(config: Config, options, command) -> int:
 
     with StopSignals() as stop, board or nullcontext():
         try:
-            if not read_log(run):
+            if state.progress.attempt == 0:  # so a resumed run validates again, and as a new one
                 validate()
             fit(config, total, state, loss_of, batches_of, note, validate, draw, save, stop)
         except ValueError as error:
-            raise ValueError(f"{error}; {kept(run)}") from None
+            raise ValueError(f"{error}; {kept(run, error)}") from None
     if stop.received:
         print(f"train.py: stopped by {signal.Signals(stop.received).name} after step "
               f"{state.progress.step}, saved; go on with: {resume_command(run)}", file=sys.stderr)
@@ -149,8 +155,9 @@ def begin(run: Path, config: Config, options, command, identity, state, training
         command, {"base": identity["base_hash"], "embeddings": identity["tiles"]},
         [Path(__file__), *PACKAGE.glob("*.py")], seed=config.seed,
         precision=identity["dtype"], deterministic=config.deterministic)
+    lock(run)
     if not options.resume:
-        start_run(run, session, to_yaml(config), training, validation)
+        start_run(run, options.overwrite, session, to_yaml(config), training, validation)
         save_state(run, identity, state, config.keep_states)  # so that --resume works from now on
         return
     note = partial(print, "train.py: note:", file=sys.stderr)
@@ -178,15 +185,16 @@ def fit(config: Config, total: int, state: TrainingState, loss_of, batches_of, n
                 loss_of, batches_of(progress.attempt),
                 config.batch_size * config.gradient_accumulation_steps, state.optimizer,
                 state.scaler, config.max_grad_norm)
-            count_attempt(state, report)
-            if state.averages and not report.skipped:
-                update_averages(state.averages, state.parameters, config.ema_decay, progress.step)
+            count_attempt(progress, report)
             rates = [group["lr"] for group in state.optimizer.param_groups]
             note(progress, {
                 "loss": report.loss, "grad_norm": report.grad_norm, "lora_rate": rates[0],
                 "adapter_rate": rates[1], "loss_scale": report.loss_scale,
                 "skipped": report.skipped, "skipped_so_far": progress.skipped,
                 "seconds": round(time.monotonic() - began, 3)})
+            check_attempt(state, report)  # once it is logged
+            if state.averages and not report.skipped:
+                update_averages(state.averages, state.parameters, config.ema_decay, progress.step)
             if report.skipped:
                 tqdm.write(f"step {progress.step + 1} skipped: float16 overflowed; the loss scale "
                            f"is {report.loss_scale:g} now ({progress.skipped} skipped so far)")
@@ -218,7 +226,8 @@ def check_run_folder(run: Path, config: Config, options) -> None:
     then = Config(**read_yaml(run / SETTINGS))
     changed = {name: f"{name} {getattr(then, name)} → {getattr(config, name)}"
                for name in vars(config) if getattr(then, name) != getattr(config, name)}
-    if refused := [line for name, line in changed.items() if name not in FREE_ON_RESUME]:
+    free = FREE_ON_RESUME - ({"validate_every"} if config.early_stop else set())  # it decides the end
+    if refused := [line for name, line in changed.items() if name not in free]:
         raise ValueError(f"{run}: cannot resume with other settings: {'; '.join(refused)}")
     if changed:
         print(f"train.py: note: other settings, of no effect on the result: "
@@ -227,9 +236,7 @@ def check_run_folder(run: Path, config: Config, options) -> None:
 
 def preview(config: Config) -> None:
     """--dry-run: print the settings as YAML and, as its comments, what the run would take."""
-    def comment(line):
-        print("#", line)
-
+    comment = partial(print, "#")
     count = (len(find_precomputed(config.features)) if config.features else
              len(find_tiles(config.data)) if config.data else PROCEDURAL_TILES)
     pipeline = load_pixcell_base(config.base, config.device, config.mixed_precision)
@@ -314,11 +321,7 @@ def load_features(config: Config, pipeline, tiles):
 def procedural_tiles(config: Config) -> Path:
     """Folder of the second laboratory's procedural tiles, drawn once; appears when complete."""
     folder = Path(config.cache) / f"procedural-second-{PROCEDURAL_TILES}-{PROCEDURAL_SEED}"
-    if not folder.exists():
-        partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-        write_dataset(partial, PROCEDURAL_TILES, SECOND, PROCEDURAL_SEED)
-        os.replace(partial, folder)
-    return folder
+    return drawn_once(folder, PROCEDURAL_TILES, SECOND, PROCEDURAL_SEED)
 
 
 if __name__ == "__main__":

@@ -214,10 +214,10 @@ def save_state(folder, step: int, content: dict, keep: int) -> None:
         old.unlink()
 
 
-def load_newest_state(folder, keys: set) -> tuple[dict, Path, list]:
+def load_newest_state(folder, keys: set | None) -> tuple[dict, Path, list]:
     """(content, its file, [(newer file, why it was passed over)]) of the newest intact state.
 
-    Raises: ValueError if no state is intact, of this code's format and with these keys.
+    Raises: ValueError if no state is intact, of this code's format and with these keys (None: any).
     """
     failures = []
     for path in state_files(folder):
@@ -227,6 +227,14 @@ def load_newest_state(folder, keys: set) -> tuple[dict, Path, list]:
             failures.append((path, error))
     raise ValueError(f"{failures[0][1] if failures else folder}; no state here can be read: start "
                      "again with --overwrite")
+
+
+def newest_intact(folder) -> Path | None:
+    """The file of the newest state that can be read, whichever run's it is; None: there is none."""
+    try:
+        return load_newest_state(folder, None)[1]
+    except ValueError:
+        return None
 
 
 def _read_state(path, keys):
@@ -239,7 +247,7 @@ def _read_state(path, keys):
     content = saved.get("content")
     if content_hash(content) != saved.get("hash"):  # torch.load itself checks no checksum
         raise ValueError(f"{path}: damaged, its contents do not fit its checksum")
-    if not isinstance(content, dict) or content.keys() != keys:
+    if not isinstance(content, dict) or (keys and content.keys() != keys):
         raise ValueError(f"{path}: not the state of such a run; expected {sorted(keys)}")
     return content
 

@@ -175,7 +175,7 @@ class Config:
     min_snr_gamma: float = _setting(
         5.0, positive_float, "factor", "min_snr's: an error of x0 counts so often at most")
     vlb_weight: float = _setting(
-        0.0, nonnegative_float, "factor", "of the learned variance's bound (0.001 usual); 0: none")
+        0.0, nonnegative_float, "factor", "of the learned variance's bound, summed over t (paper: 0.001); 0: none")
     class_balanced: bool = _setting(False, FLAG, "switch", "draw every class equally often")
     ema_decay: float = _setting(
         0.0, DROPOUT, "factor", "also keep averaged weights (0.999 usual); 0: none")

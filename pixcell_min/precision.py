@@ -48,6 +48,21 @@ def autocast(device: torch.device, dtype: torch.dtype | None):
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
+def refusal(error) -> str | None:
+    """What the device refused, in a line: memory, or an operation after `make_deterministic`.
+
+    None if the error is another one: a fault of this code, whose traceback is wanted.
+    """
+    sentences = " ".join(str(error).split()).split(". ")  # torch goes on with advice of its own
+    if isinstance(error, MemoryError) or any(
+            words in str(error).lower() for words in ("out of memory", "can't allocate memory")):
+        return (f"{'. '.join(sentences[:2]) or 'out of memory'}; free some, or start anew with --gradient-checkpointing "
+                "or a smaller --batch-size and more --gradient-accumulation-steps")
+    if "deterministic" in str(error).lower():
+        return f"{sentences[0]}; start anew without --deterministic"
+    return None
+
+
 def make_deterministic() -> None:
     """From now on an operation that two runs may round apart raises, in the whole process."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at cuBLAS's first product

@@ -23,9 +23,10 @@ from pixcell_min import checkpoint
 from pixcell_min.adapter import save_adapter
 from pixcell_min.ema import averaged
 from pixcell_min.lora import save_lora
-from pixcell_min.training import TrainingState
+from pixcell_min.training import Diverged, Progress, TrainingState
 
 RECORD, SETTINGS, TILES = "run.json", "config.yaml", "tiles.json"
+LOCK = ".lock"
 STATES, METRICS, GRID = "states", "metrics.jsonl", "samples/grid.png"
 LORA, ADAPTER = "lora_weights.safetensors", "adapter.safetensors"
 LORA_EMA, ADAPTER_EMA = "lora_weights_ema.safetensors", "adapter_ema.safetensors"
@@ -74,7 +75,34 @@ def resume_command(run: Path) -> str:
 
 
 def _is_temporary(path):
-    return path.name.startswith(".") and path.suffix == ".tmp"
+    return path.name == LOCK or path.name.startswith(".") and path.suffix == ".tmp"
+
+
+_locks = []  # open files: a lock ends with its file, at the latest with the process
+
+
+def lock(run: Path) -> None:
+    """Make the folder and keep other processes out until `unlock`. Raises: ValueError if one is in.
+
+    On POSIX alone; a file system without locks keeps nobody out.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    if os.name == "posix":
+        import fcntl  # which other systems lack
+        _locks.append(file := open(run / LOCK, "w"))
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{run}: another process trains in it; wait for its end, stop it, or "
+                             "choose another --out") from None
+        except OSError:
+            pass
+
+
+def unlock() -> None:
+    """Let other processes in again."""
+    while _locks:
+        _locks.pop().close()
 
 
 # ---------------------------------------------------------------- record
@@ -94,22 +122,24 @@ def describe_session(command, hashes: dict, code, **facts) -> dict:
             "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
 
 
-def start_run(run: Path, session: dict, settings: str, training, validation) -> None:
+def start_run(run: Path, overwrite: bool, session: dict, settings: str, training, validation) -> None:
     """Record, tiles, settings; --overwrite deletes a run's own files, now that all else is good.
 
     The record comes first: a folder that has it may be overwritten. tiles.json names what was
     trained on and what held out, by path and SHA-256, so that whoever measures the run can keep
-    apart what it has seen.
+    apart what it has seen. Raises: ValueError, with nothing deleted, if a tile cannot be hashed.
     """
-    remove_temporary(run)
+    if (run / RECORD).is_file():  # perhaps since it was checked, by another process
+        check_new(run, overwrite)
+    named = {name: [{"path": str(tile.path.resolve()), "hash": checkpoint.file_hash(tile.path)}
+                    for tile in tiles]
+             for name, tiles in (("training", training), ("validation", validation))}
+    remove_temporary(run)  # only now: a tile that could not be hashed has raised
     for pattern in OWN_FILES:
         for path in run.glob(pattern):
             path.unlink()
     _write_json(run / RECORD, {"sessions": [{"from_step": 0, **session}]})
-    _write_json(run / TILES, {
-        name: [{"path": str(tile.path.resolve()), "hash": checkpoint.file_hash(tile.path)}
-               for tile in tiles]
-        for name, tiles in (("training", training), ("validation", validation))})
+    _write_json(run / TILES, named)
     checkpoint.write_text(run / SETTINGS, settings)
     checkpoint.write_text(run / METRICS, "")
 
@@ -187,8 +217,13 @@ def load_state(run: Path, identity: dict, state: TrainingState, report) -> None:
     for key, value in identity.items():
         if saved[key] != value:
             raise ValueError(f"{run}: cannot resume: {key} was {saved[key]}, is {value}")
+    if not isinstance(saved["progress"], dict) or saved["progress"].keys() != vars(Progress()).keys():
+        raise ValueError(f"{path}: its progress is {saved['progress']}, expected "
+                         f"{', '.join(vars(Progress()))}: of another version of this code?")
     kept = [line for line in read_log(run) if line["attempt"] <= saved["progress"]["attempt"]]
     state.load_state_dict(saved, path)
+    if not state.progress.attempt:  # saved before the first validation, which is made anew
+        kept, state.progress = [], Progress()
     for failed, error in failures:
         lost = checkpoint.state_step(failed) - state.progress.step
         report(f"{error}; {lost} steps are lost: going on from {path.name}")
@@ -198,10 +233,11 @@ def load_state(run: Path, identity: dict, state: TrainingState, report) -> None:
 def resume_run(run: Path, session: dict, settings: str, state: TrainingState, report) -> None:
     """Note the session and the settings of a run that goes on; `report(line)` other versions."""
     sessions = checkpoint.read_json(run / RECORD).get("sessions")
-    if not isinstance(sessions, list) or not all(
-            {"versions", "hashes"} <= its.keys() for its in sessions if isinstance(its, dict)):
+    if not isinstance(sessions, list) or not sessions or not all(
+            isinstance(its, dict) and isinstance(its.get("versions"), dict)
+            and isinstance(its.get("hashes"), dict) for its in sessions):
         raise ValueError(f'{run / RECORD}: expected {{"sessions": […]}}, as train.py writes it')
-    then, now = ({**its["versions"], "pixcell_min's code": its["hashes"].get("code", "?")[:8]}
+    then, now = ({**its["versions"], "pixcell_min's code": str(its["hashes"].get("code"))[:8]}
                  for its in (sessions[-1], session))
     changed = [f"{name} {then.get(name)} → {now[name]}" for name in now
                if then.get(name) != now[name]]
@@ -214,11 +250,17 @@ def resume_run(run: Path, session: dict, settings: str, state: TrainingState, re
     checkpoint.write_text(run / SETTINGS, settings)
 
 
-def kept(run: Path) -> str:
-    """What is left after a failure, and how to go on."""
-    files = state_files(run)
-    return (f"{files[0].stem.replace('-', ' ')} is kept: {resume_command(run)}" if files
-            else "nothing was saved yet")
+def kept(run: Path, error=None) -> str:
+    """What is left after an error, and how to go on, or after `Diverged`, how to start anew."""
+    if not state_files(run):
+        return "nothing was saved yet"
+    newest = checkpoint.newest_intact(run / STATES)
+    step = newest.stem.replace("-", " ") if newest else "no step"
+    if isinstance(error, Diverged):  # a resume refuses other settings and would repeat these
+        return ("start anew so, with another --out or with --overwrite; what was saved at "
+                f"{step} stays in {run}")
+    return (f"{step} is kept: {resume_command(run)}" if newest else
+            f"no state in {run} can be read: start again with --overwrite")
 
 
 # ---------------------------------------------------------------- files to share

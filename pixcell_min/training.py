@@ -178,7 +178,7 @@ class StepReport:
 
     loss: float  # mean over all samples of the step
     grad_norm: float  # L2, before clipping; not finite in a skipped step
-    skipped: bool  # float16 overflowed: no weight changed, the scale was lowered
+    skipped: bool  # a gradient was not finite: no weight changed; in float16 the scale was lowered
     loss_scale: float = 1.0  # by which the next step's loss is multiplied, in float16
 
 
@@ -204,7 +204,7 @@ def optimizer_step(loss_of, batches, num_samples, optimizer, scaler,
 
     loss_of: Batch → per-sample losses (B,); batches, perhaps of different sizes, are drawn one by
     one. Gradients are unscaled before they are clipped. A gradient that is not finite changes no
-    weight: the scaler skips the step. Raises: ValueError where there is none, in float32 or bf16.
+    weight: the step is skipped.
     """
     total = 0.0
     optimizer.zero_grad(set_to_none=True)
@@ -216,9 +216,6 @@ def optimizer_step(loss_of, batches, num_samples, optimizer, scaler,
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()
     skipped = not math.isfinite(norm)
-    if skipped and not scaler.is_enabled():
-        raise ValueError(f"the gradient is not finite (loss {total}); "
-                         "lower the learning rate or check the tiles")
     if not skipped:  # one judge: clipping by an infinite norm would make finite gradients zero
         scaler.step(optimizer)
     scaler.update()
@@ -266,27 +263,36 @@ def count_validation(progress: Progress, loss: float) -> None:
         progress.best_loss, progress.validations_since_best = loss, 0
 
 
-def count_attempt(state: TrainingState, report: StepReport) -> None:
-    """Count a step, or a skipped one. Raises: ValueError where a run cannot go on, with the cause.
+class Diverged(ValueError):
+    """A run that no resume can help, only other settings or tiles; says which."""
 
-    The causes: MAX_SKIPPED_STEPS skips in a row, or a parameter that is no longer finite.
+
+def count_attempt(progress: Progress, report: StepReport) -> None:
+    """Count a step, or a skipped one."""
+    progress.attempt += 1
+    progress.step += not report.skipped
+    progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if report.skipped else 0
+
+
+def check_attempt(state: TrainingState, report: StepReport) -> None:
+    """Raises: Diverged where the run cannot go on after the step just counted, with the cause.
+
+    The causes: a gradient that is not finite without a scaler (float32, bf16), MAX_SKIPPED_STEPS
+    skips in a row with one, or a parameter that is no longer finite.
     """
     progress = state.progress
-    progress.attempt += 1
-    if report.skipped:
-        progress.skipped_in_a_row += 1
-        if progress.skipped_in_a_row >= MAX_SKIPPED_STEPS:
-            where = "gradients" if math.isfinite(report.loss) else "the forward"
-            raise ValueError(
-                f"float16 overflowed in {progress.skipped_in_a_row} steps in a row ({where}; loss "
-                f"{report.loss:g}, loss scale {report.loss_scale:g}); use --mixed-precision bf16 "
-                "or no, or lower the learning rates")
-        return
-    progress.step += 1
-    progress.skipped_in_a_row = 0
+    if report.skipped and not state.scaler.is_enabled():
+        raise Diverged(f"the gradient of step {progress.step + 1} is not finite (loss "
+                       f"{report.loss:g}); lower the learning rates or check the tiles")
+    if progress.skipped_in_a_row >= MAX_SKIPPED_STEPS:
+        where = "gradients" if math.isfinite(report.loss) else "the forward"
+        raise Diverged(
+            f"float16 overflowed in {progress.skipped_in_a_row} steps in a row ({where}; loss "
+            f"{report.loss:g}, loss scale {report.loss_scale:g}); use --mixed-precision bf16 "
+            "or no, or lower the learning rates")
     if not torch.stack([p.isfinite().all() for p in state.parameters]).all():
-        raise ValueError(f"LoRA or adapter weights are NaN or infinite after step {progress.step} "
-                         f"(gradient norm {report.grad_norm:g}); lower the learning rates")
+        raise Diverged(f"LoRA or adapter weights are NaN or infinite after step {progress.step} "
+                       f"(gradient norm {report.grad_norm:g}); lower the learning rates")
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pixcell_min.precision import DTYPES, autocast, choose_device, choose_dtype
+from pixcell_min.precision import DTYPES, autocast, choose_device, choose_dtype, refusal
 
 
 @pytest.fixture
@@ -60,3 +60,23 @@ def test_autocast_covers_matrix_products_alone(dtype):
     with autocast(torch.device("cpu"), dtype):
         assert (a @ a).dtype == (dtype or torch.float32) and (a + a).dtype == torch.float32
     assert (a @ a).dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+
+
+def test_what_the_device_refuses_is_a_line_and_a_fault_of_ours_is_none():
+    assert refusal(torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has\na total")).startswith(
+        "CUDA out of memory. Tried to allocate 2.00 GiB; free some, or start anew with --gradient")
+    assert refusal(MemoryError()).startswith("out of memory; free some")
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(10**15)
+    assert "4000000000000000 bytes; free some" in refusal(raised.value)
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(RuntimeError) as raised:
+            torch.zeros(4).put_(torch.tensor([0]), torch.tensor([1.0]))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    line = refusal(raised.value)
+    assert line.startswith("put_ does not have a deterministic implementation")
+    assert line.endswith("; start anew without --deterministic") and "\n" not in line
+    assert refusal(RuntimeError("shape '[2]' is invalid for input of size 3")) is None

@@ -53,6 +53,10 @@ def at_step(step, act, monkeypatch):
         act() if now == step else None, original(now, *rest))[1])
 
 
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
 # ------------------------------------------------------------------------------------- SIGKILL
 
 def killed_run(arguments, folder, kills, seed, steps):
@@ -112,14 +116,39 @@ def test_a_kill_before_the_first_state_can_be_begun_again(left, arguments, tmp_p
 
 def test_a_state_is_there_before_the_first_step_so_that_resume_always_works(
         arguments, tmp_path, whole, monkeypatch):
-    def stop(*_):
-        raise KeyboardInterrupt
     with monkeypatch.context() as patch:
-        patch.setattr(train, "validation_loss", stop)
+        patch.setattr(train, "validation_loss", interrupt)
         assert train.main([*arguments, *SIX]) == 130
     assert resume(tmp_path / "run") == 0
     assert_same_weights(weights(tmp_path / "run"), whole[0])
     assert timeless(tmp_path / "run") == whole[1]
+
+
+@pytest.mark.parametrize("end", ["a kill", "a signal"])
+def test_a_resume_from_step_0_validates_anew_and_stops_early_where_the_whole_run_did(
+        end, arguments, tmp_path, monkeypatch):
+    run, losses = tmp_path / "run", {0: 1.0}
+
+    def loss(*_):  # the lowest before the first step
+        return losses.get(len([line for line in metrics(run) if "loss" in line]), 2.0), [0.0] * 8
+
+    monkeypatch.setattr(train, "validation_loss", loss)
+    flags = [*arguments, "--validate-every", "1", "--early-stop", "2", "--save-every", "0"]
+    assert train.main(flags) == 0
+    whole = timeless(run)
+    assert whole[-1]["step"] == 2
+    with monkeypatch.context() as patch:
+        if end == "a kill":
+            at_step(0, interrupt, patch)
+            assert train.main([*flags, "--overwrite"]) == 130
+        else:
+            patch.setattr(train, "validation_loss", lambda *_: (
+                os.kill(os.getpid(), signal.SIGINT), loss())[1])
+            assert train.main([*flags, "--overwrite"]) == 130
+    assert [line["step"] for line in metrics(run)] == [0]
+    assert runs.state_files(run)[0].name == "step-00000000.pt"
+    assert resume(run) == 0
+    assert timeless(run) == whole
 
 
 def test_a_pair_of_different_steps_is_refused_and_mended_by_resume(
@@ -296,6 +325,18 @@ def test_a_state_of_another_code_version_is_passed_over_kept_and_refused_if_alon
     assert_same_weights(weights(run), whole[0])
 
 
+def test_an_interrupted_run_names_the_step_that_a_resume_takes(arguments, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    assert train.main([*arguments, *SIX]) == 0
+    for name in ("step-00000006.pt", "step-00000004.pt"):
+        (run / "states" / name).write_bytes(b"")
+        monkeypatch.setattr(train, "load_features", interrupt)
+        assert resume(run) == 130
+        assert last_line(capsys) == "train.py: interrupted; " + (
+            f"step 00000004 is kept: python train.py --resume --out {run}" if "6" in name else
+            f"no state in {run} can be read: start again with --overwrite")
+
+
 def test_older_states_go_and_the_previous_one_stays(arguments, tmp_path):
     assert train.main([*arguments, *SIX, "--save-every", "1"]) == 0
     names = [path.name for path in runs.state_files(tmp_path / "run")]
@@ -353,6 +394,123 @@ def test_a_resume_names_each_difference_and_refuses_those_that_change_the_result
     noted = capsys.readouterr().err
     assert "of no effect on the result: save_every 2 → 3; keep_states 2 → 3" in noted
     assert train.read_yaml(run / "config.yaml")["save_every"] == 3
+
+
+def test_validate_every_is_free_on_resume_unless_it_decides_where_the_run_ends(
+        arguments, tmp_path, capsys):
+    run = tmp_path / "run"
+    flags = [*arguments, "--max-train-steps", "1"]
+    assert train.main(flags) == 0
+    assert resume(run, "--validate-every", "1") == 0
+    assert train.main([*flags, "--overwrite", "--early-stop", "9"]) == 0
+    capsys.readouterr()
+    assert resume(run, "--validate-every", "1") == 2
+    assert "other settings: validate_every 100 → 1" in last_line(capsys)
+
+
+def test_an_overwrite_that_cannot_hash_a_tile_loses_nothing(arguments, tmp_path, monkeypatch, capsys):
+    run, hashed = tmp_path / "run", checkpoint.file_hash
+    assert train.main([*arguments, "--max-train-steps", "1"]) == 0
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+    def gone(path):
+        if str(path).endswith("TUM_3.png"):  # since it was read
+            raise ValueError(f"{path}: cannot be read")
+        return hashed(path)
+
+    monkeypatch.setattr(checkpoint, "file_hash", gone)
+    assert train.main([*arguments, "--overwrite", "--seed", "3"]) == 2
+    assert "TUM_3.png: cannot be read" in last_line(capsys)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("sessions", [
+    [], ["x"], [{}], [{"versions": {}, "hashes": []}], {"versions": {}}, None])
+def test_a_broken_record_is_one_line(sessions, tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps({"sessions": sessions}))
+    with pytest.raises(ValueError, match="run.json: expected"):
+        runs.resume_run(tmp_path, {"versions": {}, "hashes": {"code": "a"}}, "", None, print)
+
+
+def test_a_state_with_another_progress_is_one_line(arguments, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train.main([*arguments, "--max-train-steps", "1"]) == 0
+    path = runs.state_files(run)[0]
+    saved = load_object(path)
+    saved["content"]["progress"]["epoch"] = 1
+    save_object(path, {**saved, "hash": content_hash(saved["content"])})
+    capsys.readouterr()
+    assert resume(run) == 2
+    error = last_line(capsys)
+    assert f"{path}: its progress is " in error and "expected step, attempt, skipped_in_a_row" in error
+
+
+def test_a_setting_unknown_in_a_runs_file_is_one_line(arguments, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train.main([*arguments, "--max-train-steps", "1"]) == 0
+    settings = tmp_path / "settings.yaml"
+    settings.write_text((run / "config.yaml").read_text())
+    with open(run / "config.yaml", "a") as file:
+        file.write("lora_rang: 3\n")
+    for more in ([], ["--config", str(settings)]):
+        assert resume(run, *more) == 2
+        assert "config.yaml: unknown key 'lora_rang'" in last_line(capsys)
+
+
+def test_out_of_memory_is_one_line_and_other_faults_keep_their_traceback(
+        arguments, tmp_path, monkeypatch, capsys):
+    def fail(error):
+        def raise_it():
+            raise error
+        return raise_it
+
+    with monkeypatch.context() as patch:
+        at_step(3, fail(torch.OutOfMemoryError("CUDA out of memory. Tried")), patch)
+        assert train.main([*arguments, *SIX]) == 2
+    error = last_line(capsys)
+    assert error.startswith("train.py: error: CUDA out of memory. Tried; free some, or start anew")
+    assert error.endswith(
+        f"; step 00000002 is kept: python train.py --resume --out {tmp_path / 'run'}")
+    at_step(3, fail(RuntimeError("a fault of ours")), monkeypatch)
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        resume(tmp_path / "run")
+
+
+def test_a_second_process_is_kept_out_of_a_run_and_changes_nothing(arguments, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train.main([*arguments, "--max-train-steps", "1"]) == 0
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "import fcntl, sys; file = open(sys.argv[1], 'w'); "
+         "fcntl.flock(file, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()",
+         run / ".lock"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        capsys.readouterr()
+        for flags in ([*arguments, "--overwrite"], ["--resume", "--out", str(run)]):
+            assert train.main(flags) == 2
+            assert last_line(capsys).startswith(
+                f"train.py: error: {run}: another process trains in it; wait")
+        assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    finally:
+        holder.communicate()
+    assert resume(run) == 0
+
+
+def test_a_run_that_another_process_made_meanwhile_is_not_replaced(
+        arguments, tmp_path, monkeypatch, capsys):
+    run, load = tmp_path / "run", train.load_features
+
+    def load_while_another_trains(*inputs):
+        run.mkdir()
+        (run / "run.json").write_text("theirs")
+        return load(*inputs)
+
+    monkeypatch.setattr(train, "load_features", load_while_another_trains)
+    assert train.main(arguments) == 2
+    assert "exists; replace it with --overwrite" in last_line(capsys)
+    assert (run / "run.json").read_text() == "theirs"
 
 
 def test_the_same_command_again_says_how_to_go_on(arguments, tmp_path, capsys):

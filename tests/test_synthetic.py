@@ -250,3 +250,17 @@ def test_command_line_refuses_in_one_line_with_status_2(flags, tmp_path, monkeyp
     message = capsys.readouterr().err
     assert message.startswith("error: ") and message.count("\n") == 1
     assert not (tmp_path / "new").exists()
+
+
+def test_of_two_processes_that_draw_the_same_folder_the_first_to_finish_wins(tmp_path, monkeypatch):
+    folder, write = tmp_path / "tiles", synthetic.write_dataset
+
+    def write_while_another_finishes(*inputs):
+        write(*inputs)
+        folder.mkdir()
+        (folder / "theirs.png").write_bytes(b"theirs")
+
+    monkeypatch.setattr(synthetic, "write_dataset", write_while_another_finishes)
+    assert synthetic.drawn_once(folder, 1, synthetic.SECOND, 0) == folder
+    assert [path.name for path in folder.iterdir()] == ["theirs.png"]
+    assert list(tmp_path.iterdir()) == [folder]

@@ -11,8 +11,8 @@ from conftest import ROOT, assert_same_weights, metrics, weights
 from pixcell_min import training
 from pixcell_min.checkpoint import load_object
 from pixcell_min.lora import lora_parameters
-from pixcell_min.training import (Progress, StepReport, TrainingState, build_optimizer,
-                                  count_attempt, diffusion_loss, optimizer_step)
+from pixcell_min.training import (Diverged, Progress, StepReport, TrainingState, build_optimizer,
+                                  check_attempt, count_attempt, diffusion_loss, optimizer_step)
 from test_train import random_batch, small_problem
 
 
@@ -53,7 +53,7 @@ def problem(tiny_base):
             report = optimizer_step(
                 lambda batch: diffusion_loss(transformer, adapter, schedule, batch, dtype)
                 * factor(seed), [random_batch(2, seed)], 2, optimizer, scaler, 1.0)
-            count_attempt(state, report)
+            count_attempt(state.progress, report)
         return state, report
 
     return run
@@ -70,7 +70,7 @@ def test_a_skipped_step_is_as_if_it_had_never_been(tiny_base, problem):
     optimizer = build_optimizer(lora_parameters(transformer), adapter.parameters(), 1e-2, 1e-2, 0.0)
     state = TrainingState(transformer, adapter, optimizer, scaler_of(2.0**10), Progress())
     for seed in (1, 2, 3):  # 2 overflows; scales are powers of two: exact in a float32 forward
-        count_attempt(state, optimizer_step(
+        count_attempt(state.progress, optimizer_step(
             lambda batch: diffusion_loss(transformer, adapter, schedule, batch)
             * (math.inf if seed == 2 else 1), [random_batch(2, seed)], 2, optimizer, state.scaler, 1.0))
     assert all(torch.equal(a, b) for a, b in zip(expected, state.parameters, strict=True))
@@ -139,15 +139,21 @@ def test_twenty_skips_in_a_row_and_nan_weights_end_a_run_with_the_cause(problem)
     state, _ = problem([1], scaler_of(2.0**8))
     for loss, where in ((math.nan, "the forward"), (1.0, "gradients")):
         state.progress.skipped_in_a_row = training.MAX_SKIPPED_STEPS - 2
-        count_attempt(state, StepReport(loss, math.inf, True, 0.5))
-        with pytest.raises(ValueError, match=rf"in 20 steps in a row \({where}; .*loss scale 0.5"):
-            count_attempt(state, StepReport(loss, math.inf, True, 0.5))
-    count_attempt(state, StepReport(1.0, 1.0, False))
+        report = StepReport(loss, math.inf, True, 0.5)
+        count_attempt(state.progress, report)
+        check_attempt(state, report)
+        count_attempt(state.progress, report)
+        with pytest.raises(Diverged, match=rf"in 20 steps in a row \({where}; .*loss scale 0.5"):
+            check_attempt(state, report)
+    good = StepReport(1.0, 1.0, False)
+    count_attempt(state.progress, good)
     assert state.progress.skipped_in_a_row == 0  # in a row: one good step, and it counts anew
+    check_attempt(state, good)
     with torch.no_grad():
         state.parameters[3].view(-1)[0] = math.nan
-    with pytest.raises(ValueError, match="NaN or infinite after step 3"):
-        count_attempt(state, StepReport(1.0, 1.0, False))
+    count_attempt(state.progress, good)
+    with pytest.raises(Diverged, match="NaN or infinite after step 3"):
+        check_attempt(state, good)
 
 
 # ---------------------------------------------------------------------- whole runs in float16
@@ -221,6 +227,11 @@ def test_a_run_that_cannot_go_on_names_the_cause_and_keeps_the_last_good_state(
     assert error.startswith("train.py: error: ") and (
         "overflowed in 20 steps in a row" in error if "overflow" in cause
         else "NaN or infinite after step 4" in error)
+    run = tmp_path / "run"  # no advice to resume with what a resume refuses
+    assert error.endswith("start anew so, with another --out or with --overwrite; what was saved "
+                          f"at step 00000002 stays in {run}") and "--resume" not in error
+    last = metrics(run)[-1]  # logged before the run ended
+    assert (last["attempt"], last["skipped"]) == ((23, True) if "overflow" in cause else (4, False))
     assert train.main(["--resume", "--out", str(tmp_path / "run")]) == 0
     assert_same_weights(weights(tmp_path / "run"), whole)
 

@@ -12,6 +12,8 @@ It imitates no patient, slide or data set, and is no substitute for real tissue.
 """
 
 import argparse
+import os
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -473,6 +475,23 @@ def write_dataset(
         (folder / tissue).mkdir(parents=True, exist_ok=True)
         tile = render_tile(seed + index, tissue, laboratory, size)
         tile.save(folder / tissue / f"{tissue}_{seed + index}.png")
+
+
+def drawn_once(folder: Path, count: int, laboratory: Laboratory, seed: int) -> Path:
+    """`write_dataset` where the folder is not there yet; it appears when complete; → folder.
+
+    Of two processes that draw it at once, the first to finish gives its tiles to both.
+    """
+    if not folder.exists():
+        partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+        write_dataset(partial, count, laboratory, seed)
+        try:
+            os.replace(partial, folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+            shutil.rmtree(partial)
+    return folder
 
 
 def main(arguments: list[str] | None = None) -> None:
