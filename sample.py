@@ -12,8 +12,9 @@ from tqdm import tqdm
 from pixcell_min.adapter import load_adapter
 from pixcell_min.base import load_pixcell_base
 from pixcell_min.checkpoint import file_hash
-from pixcell_min.config import (DEVICE, OneLineParser, nonnegative_float, number, integer, one_of,
-                                positive_int, read_yaml)
+from pixcell_min.checks import (DEVICE, OneLineParser, integer, nonnegative_float, number, one_of,
+                                positive_int)
+from pixcell_min.config import read_yaml
 from pixcell_min.data import find_tiles, fit_tile, read_tile
 from pixcell_min.images import image_grid, save_png
 from pixcell_min.lora import lora_disabled

@@ -37,8 +37,12 @@ VARIANTS = {  # name → what differs from train.py's defaults, rank 8, alpha 16
     "rank 8, alpha 32": ["--rank", "8", "--alpha", "32"],
     "self-attention alone": ["--attention", "attn1"],
     "cross-attention alone": ["--attention", "attn2"],
+    "LoRA trained alone": ["--adapter-learning-rate", "0"],
+    "adapter trained alone": ["--learning-rate", "0"],
+    "adapter trained alone, 3e-3": ["--learning-rate", "0", "--adapter-learning-rate", "3e-3"],
 }
-VARIED = {"seed", "out", "lora_rank", "lora_alpha", "lora_attention"}  # by seeds and variants
+VARIED = {"seed", "out", "lora_rank", "lora_alpha", "lora_attention", "learning_rate",
+          "adapter_learning_rate"}  # by seeds and variants
 MEASURES = {  # heading → where report.json holds it, for the arm
     "colour W1": ("colour", "lab_mean"),
     "H angle °": ("colour", "macenko_angle_h"),

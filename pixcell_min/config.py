@@ -2,7 +2,7 @@
 
 The dataclass `Config` is the only list: flags, `--help`, YAML keys, ranges and the example
 config.yaml come from its fields. It reads nothing but the YAML file and never looks at weights or
-tiles. Below the scripts functions receive values, never a Config. Every check is an argparse type.
+tiles. Below the scripts functions receive values, never a Config.
 """
 
 import argparse
@@ -11,110 +11,18 @@ import difflib
 import math
 import re
 import reprlib
-from collections.abc import Callable
-from typing import NamedTuple
 
 import yaml
 
-WRONG = (ValueError, TypeError, OverflowError)  # what the conversions and checks below raise
+from pixcell_min.checks import (BLOCKS, DEVICE, DROPOUT, FLAG, INT_OR_NULL, SEED, SHARE, TEXT,
+                                TEXT_OR_NULL, WRONG, OneLineParser, expected_got, fraction, integer,
+                                nonnegative_float, nonnegative_int, one_of, positive_float,
+                                positive_int, words)
+
 YAML_HEAD = """\
 # All settings of a run: python train.py --config config.yaml
 # A line that is left out keeps its default; flags win over this file (python train.py --help).
 """
-
-
-class Check(NamedTuple):
-    """What one setting may be."""
-
-    expected: str  # completes "expected …"
-    parse: Callable  # a flag's text → value
-    accept: Callable  # a value of YAML, Python or `parse` → the value kept; raises WRONG
-
-    def __call__(self, text: str):
-        """As argparse type: text → value. Raises: argparse.ArgumentTypeError, with the range."""
-        try:
-            return self.accept(self.parse(text))
-        except WRONG:
-            raise argparse.ArgumentTypeError(_expected_got(self, text)) from None
-
-
-def _expected_got(check, value):
-    return f"expected {check.expected}, got {reprlib.repr(value)}"  # reprlib cuts long values
-
-
-def _keep(value, condition):
-    if not condition:
-        raise ValueError
-    return value
-
-
-def integer(low: int, high: float = math.inf) -> Check:
-    """A whole number from low to high, both included; neither True nor 8.0."""
-    expected = f"an integer >= {low}" if high == math.inf else f"an integer from {low} to {high}"
-    return Check(expected, int, lambda v: _keep(v, type(v) is int and low <= v <= high))
-
-
-def number(low: float, high: float = math.inf, *, above=False, below=False) -> Check:
-    """A finite number from low to high; without low itself if `above`, without high if `below`."""
-
-    def accept(value):
-        _keep(value, type(value) in (int, float) and math.isfinite(value))
-        _keep(value, low <= value <= high)
-        _keep(value, not (above and value == low or below and value == high))
-        return float(value)
-
-    end = f" and {'<' if below else '<='} {high:g}" if high < math.inf else ""
-    return Check(f"a number {'>' if above else '>='} {low:g}{end}", float, accept)
-
-
-def one_of(*choices: str) -> Check:
-    """One of these words; false counts as "no", for that is how YAML reads a bare no."""
-
-    def accept(value):
-        value = "no" if value is False else value
-        return _keep(value, value in choices)
-
-    return Check(f"one of {', '.join(choices)}", str, accept)
-
-
-def words(*choices: str) -> Check:
-    """One or more different words, out of `choices` if there are any, kept as a tuple."""
-
-    def accept(value):
-        _keep(value, isinstance(value, list | tuple) and 0 < len(value) == len(set(value)))
-        return _keep(tuple(value), all(
-            isinstance(word, str) and word and (not choices or word in choices) for word in value))
-
-    source = f" out of {', '.join(choices)}" if choices else ""
-    return Check(f"different words{source}", tuple, accept)
-
-
-def _accept_blocks(value):
-    if value is None or value == "all":
-        return None
-    if isinstance(value, str):
-        _keep(value, re.fullmatch(r"\d{1,4}(-\d{1,4})?(,\d{1,4}(-\d{1,4})?)*", value))
-        spans = [[int(end) for end in span.split("-")] for span in value.split(",")]
-        _keep(value, all(span[0] <= span[-1] for span in spans))
-        value = [block for span in spans for block in range(span[0], span[-1] + 1)]
-    value = [value] if type(value) is int else value
-    _keep(value, isinstance(value, list | tuple) and len(value) > 0)
-    return tuple(sorted({BLOCK.accept(block) for block in value}))
-
-
-positive_int, nonnegative_int = integer(1), integer(0)
-positive_float, nonnegative_float = number(0, above=True), number(0)
-fraction = number(0, 1)
-DROPOUT, SHARE = number(0, 1, below=True), number(0, 1, above=True, below=True)
-INT_OR_NULL = Check("null or an integer >= 1", int,
-                    lambda v: None if v is None else positive_int.accept(v))
-SEED, BLOCK = integer(0, 2**63 - 1), integer(0, 999)  # 999: "0-9999999999" would fill memory
-TEXT = Check("text", str, lambda v: _keep(v, isinstance(v, str) and v.strip()))
-TEXT_OR_NULL = Check("text or null", str, lambda v: None if v is None else TEXT.accept(v))
-FLAG = Check("true or false", lambda v: v, lambda v: _keep(v, isinstance(v, bool)))
-DEVICE = Check("auto, cpu, mps, cuda or cuda:N", str,
-               lambda v: _keep(v, re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", v)))
-BLOCKS = Check('null, all, a text such as "0-13" or "0,2,4-6", or a list', str, _accept_blocks)
 
 
 def _setting(default, check, unit, help, flag=None):
@@ -149,9 +57,10 @@ class Config:
     lora_init: str = _setting(
         "kaiming", one_of("kaiming", "gaussian"), "name", "start of lora_A; lora_B starts at 0")
     use_rslora: bool = _setting(False, FLAG, "switch", "scale by alpha / sqrt(rank) instead")
-    learning_rate: float = _setting(6e-3, positive_float, "per step", "peak AdamW rate of LoRA")
+    learning_rate: float = _setting(
+        6e-3, nonnegative_float, "per step", "peak AdamW rate of LoRA; 0: not trained")
     adapter_learning_rate: float = _setting(
-        5e-4, positive_float, "per step", "peak AdamW rate of the adapter")
+        5e-4, nonnegative_float, "per step", "peak AdamW rate of the adapter; 0: not trained")
     weight_decay: float = _setting(0.01, nonnegative_float, "factor", "weight decay of AdamW")
     max_grad_norm: float = _setting(1.0, positive_float, "L2 norm", "longer gradients are clipped")
     lr_schedule: str = _setting(
@@ -206,6 +115,9 @@ class Config:
             object.__setattr__(self, field.name, value)
         if self.data is not None and self.features is not None:
             raise ValueError("Config: data and features are both given; expected one of the two")
+        if self.learning_rate == self.adapter_learning_rate == 0:
+            raise ValueError("Config: learning_rate and adapter_learning_rate are both 0: nothing "
+                             "would be trained")
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
@@ -216,7 +128,7 @@ def _checked(field, value, where, parse=lambda value: value):
     try:
         return check.accept(parse(value))
     except WRONG:
-        raise ValueError(f"{where}: {field.name}: {_expected_got(check, value)}") from None
+        raise ValueError(f"{where}: {field.name}: {expected_got(check, value)}") from None
 
 
 class _Loader(yaml.SafeLoader):
@@ -277,17 +189,6 @@ def to_yaml(config: Config) -> str:
 
 def _described(field):
     return "{help} [{unit}]; {check.expected}".format(**field.metadata)
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser with one-line errors on stderr, exit code 2; it completes no prefixes."""
-
-    def __init__(self, **settings):
-        super().__init__(allow_abbrev=False, **settings)
-
-    def error(self, message):
-        """Print one line and leave with exit code 2."""
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
 def parse_train(argv=None) -> tuple[Config, argparse.Namespace]:

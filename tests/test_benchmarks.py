@@ -19,6 +19,10 @@ def test_each_variant_changes_what_its_name_says(name):
     config, _ = parse_train(adaptation.VARIANTS[name])
     if name.startswith("rank"):
         assert name == f"rank {config.lora_rank}, alpha {config.lora_alpha:g}"
+    elif "trained alone" in name:
+        assert [config.learning_rate == 0, config.adapter_learning_rate == 0] == [
+            name.startswith("adapter"), name.startswith("LoRA")]
+        assert config.adapter_learning_rate == 3e-3 or "3e-3" not in name
     else:
         assert config.lora_attention == {"default": ("attn1", "attn2"),
                                          "self-attention alone": ("attn1",),

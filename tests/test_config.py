@@ -1,16 +1,14 @@
 """config.py: one list of settings; defaults < YAML < flags; every wrong value is named in one line."""
 
-import argparse
 import dataclasses
 from pathlib import Path
 
 import pytest
 import yaml
 
+from pixcell_min import checks
 from pixcell_min import config as module
-from pixcell_min.config import (
-    FIELDS, Config, OneLineParser, fraction, integer, nonnegative_float, nonnegative_int, number,
-    one_of, parse_train, positive_float, positive_int, read_yaml, to_yaml, words)
+from pixcell_min.config import FIELDS, Config, parse_train, read_yaml, to_yaml
 
 EXAMPLE = Path(__file__).parent.parent / "config.yaml"
 SEED_KEYS = {"mixed_precision", "gradient_accumulation_steps", "learning_rate", "lora_rank",
@@ -170,6 +168,13 @@ def test_images_and_precomputed_features_exclude_each_other():
     refused(lambda: parse_train(["--data", "d", "--features", "f"]), "data and features are both")
 
 
+def test_one_of_the_two_rates_may_be_zero():
+    assert parse_train(["--learning-rate", "0"])[0].learning_rate == 0
+    assert parse_train(["--adapter-learning-rate", "0"])[0].adapter_learning_rate == 0
+    with pytest.raises(ValueError, match="both 0: nothing would be trained"):
+        parse_train(["--learning-rate", "0", "--adapter-learning-rate", "0"])
+
+
 def test_switches_can_be_turned_off_again(write):
     path = write("use_rslora: true\ndihedral: false\n")
     config, _ = parse_train(["--config", path, "--no-use-rslora", "--dihedral"])
@@ -200,7 +205,7 @@ def test_arguments_come_from_the_command_line_by_default(monkeypatch):
     ("lora_rank", "--rank", "eight", "eight", "an integer >= 1"),
     ("lora_alpha", "--alpha", "0", "0", "a number > 0"),
     ("lora_alpha", "--alpha", "nan", ".nan", "a number > 0"),
-    ("learning_rate", "--learning-rate", "inf", ".inf", "a number > 0"),
+    ("learning_rate", "--learning-rate", "inf", ".inf", "a number >= 0"),
     ("lora_target_modules", "--target-modules", "to_q to_q", "[to_q, to_q]", "different words"),
     ("lora_attention", "--attention", "attn3", "[attn3]", "out of attn1, attn2"),
     ("lora_blocks", "--blocks", "5-2", "5-2", "0-13"),
@@ -338,47 +343,9 @@ def test_help_names_every_flag_default_and_unit(capsys):
         assert f"[{field.metadata['unit']}]" in flat and f"default {field.default}" in flat
 
 
-def test_parser_for_other_scripts_is_one_line_too(capsys):
-    parser = OneLineParser(prog="sample.py")
-    parser.add_argument("--steps", type=integer(1, 1000))
-    assert parser.parse_args(["--steps", "1000"]).steps == 1000
-    for text in ("0", "1001", "x"):
-        with pytest.raises(SystemExit) as stopped:
-            parser.parse_args(["--steps", text])
-        assert stopped.value.code == 2
-        assert capsys.readouterr().err == (
-            f"sample.py: error: argument --steps: expected an integer from 1 to 1000, got '{text}'\n")
-
-
-# --------------------------------------------------------------------------- argparse types
-
-@pytest.mark.parametrize("check, good, bad", [
-    (positive_int, {"1": 1, "12": 12}, ["0", "-1", "1.0", "", "nan"]),
-    (nonnegative_int, {"0": 0, "3": 3}, ["-1", "0.5"]),
-    (positive_float, {"1e-9": 1e-9, "2": 2.0}, ["0", "-1", "nan", "inf", "x"]),
-    (nonnegative_float, {"0": 0.0, "1.5": 1.5}, ["-1e-9", "nan", "-inf"]),
-    (fraction, {"0": 0.0, "1": 1.0, "0.5": 0.5}, ["-0.1", "1.1", "nan"]),
-    (integer(2, 4), {"2": 2, "4": 4}, ["1", "5"]),
-    (number(0, 1, above=True, below=True), {"0.5": 0.5}, ["0", "1"]),
-    (number(-2, 2), {"-2": -2.0, "2": 2.0}, ["2.1", "-2.1"]),
-    (one_of("a", "no"), {"a": "a", "no": "no"}, ["b", "False"]),
-])
-def test_argparse_types(check, good, bad):
-    for text, value in good.items():
-        assert check(text) == value and type(check(text)) is type(value)
-    for text in bad:
-        with pytest.raises(argparse.ArgumentTypeError, match="expected .*, got "):
-            check(text)
-
-
-def test_words_limit_their_choice_and_keep_the_order():
-    assert words("a", "b").accept(["b", "a"]) == ("b", "a")
-    with pytest.raises(argparse.ArgumentTypeError, match="out of a, b"):
-        words("a", "b")(["c"])
-
-
 def test_config_reads_no_weights_and_needs_no_torch():
-    imported = {line.split()[1].split(".")[0] for line in Path(module.__file__).read_text().splitlines()
-                if line.startswith(("import ", "from "))}
+    imported = {name for path in (module.__file__, checks.__file__)
+                for line in Path(path).read_text().splitlines()
+                if line.startswith(("import ", "from ")) for name in [line.split()[1].split(".")[0]]}
     assert imported == {"argparse", "collections", "dataclasses", "difflib", "math", "re",
-                        "reprlib", "typing", "yaml"}
+                        "reprlib", "typing", "yaml", "pixcell_min"}

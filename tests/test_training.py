@@ -12,7 +12,8 @@ from pixcell_min import training
 from pixcell_min.checkpoint import load_object
 from pixcell_min.lora import lora_parameters
 from pixcell_min.training import (Diverged, Progress, StepReport, TrainingState, build_optimizer,
-                                  check_attempt, count_attempt, diffusion_loss, optimizer_step)
+                                  build_scaler, check_attempt, count_attempt, diffusion_loss,
+                                  optimizer_step)
 from test_train import random_batch, small_problem
 
 
@@ -47,7 +48,8 @@ def problem(tiny_base):
     transformer, adapter, schedule = small_problem(tiny_base)
     optimizer = build_optimizer(lora_parameters(transformer), adapter.parameters(), 1e-2, 1e-2, 0.0)
 
-    def run(seeds, scaler, dtype=None, factor=lambda seed: 1.0):
+    def run(seeds, scaler=None, dtype=None, factor=lambda seed: 1.0):
+        scaler, report = scaler or build_scaler("cpu", None), None
         state = TrainingState(transformer, adapter, optimizer, scaler, Progress())
         for seed in seeds:
             report = optimizer_step(
@@ -61,6 +63,20 @@ def problem(tiny_base):
 
 def copies(state):
     return [p.detach().clone() for p in state.parameters]
+
+
+@pytest.mark.parametrize("still", [0, 1], ids=["LoRA", "adapter"])
+def test_a_rate_of_zero_trains_the_other_part_alone(problem, still):
+    state, _ = problem([])
+    for group in state.optimizer.param_groups:
+        group["weight_decay"] = 0.1
+    state.optimizer.param_groups[still]["lr"] = 0.0
+    before = copies(state)
+    problem([1, 2])
+    moved = [not torch.equal(a, b) for a, b in zip(before, state.parameters)]
+    lora = len(state.optimizer.param_groups[0]["params"])
+    parts = [moved[:lora], moved[lora:]]
+    assert not any(parts[still]) and all(parts[1 - still])
 
 
 def test_a_skipped_step_is_as_if_it_had_never_been(tiny_base, problem):

@@ -27,8 +27,9 @@ from tqdm import tqdm
 from pixcell_min.adapter import load_adapter
 from pixcell_min.base import features_hash, load_pixcell_base
 from pixcell_min.checkpoint import file_hash, read_json
-from pixcell_min.config import (DEVICE, Config, OneLineParser, integer, nonnegative_float, one_of,
-                                positive_int, read_yaml, words)
+from pixcell_min.checks import (DEVICE, OneLineParser, integer, nonnegative_float, one_of,
+                                positive_int, words)
+from pixcell_min.config import Config, read_yaml
 from pixcell_min.data import Tile, find_tiles, fit_tile, read_tile
 from pixcell_min.images import read_settings, save_png
 from pixcell_min.lora import lora_disabled
