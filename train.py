@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from pixcell_min.adapter import EmbeddingAdapter
 from pixcell_min.base import features_hash, load_pixcell_base, read_vae_config, vae_weights
-from pixcell_min.config import Config, parse_train, read_yaml, to_yaml
+from pixcell_min.batches import draw_micro_batches, generator_for, group_by_class
+from pixcell_min.config import Config, changes, parse_train, read_yaml, to_yaml
 from pixcell_min.data import find_tiles, split_tiles, spread
 from pixcell_min.ema import averaged, update_averages
 from pixcell_min.features import cached_images, encode_images
@@ -32,19 +33,14 @@ from pixcell_min.runs import (GRID, SETTINGS, StopSignals, check_new, check_writ
                               describe_session, kept, load_state, lock, log, require_state,
                               resume_command, resume_run, save_shared, save_state, start_run,
                               state_files, unlock)
-from pixcell_min.tools.synthetic import SECOND, drawn_once
+from pixcell_min.tools.synthetic import PROCEDURAL_TILES, second_laboratory
 from pixcell_min.training import (Progress, TrainingState, build_optimizer, build_scaler,
                                   check_attempt, count_attempt, count_validation,
-                                  diffusion_loss, draw_micro_batches, generator_for, group_by_class,
-                                  is_due, optimizer_step, rate_factor, validation_loss)
+                                  diffusion_loss, is_due, optimizer_step, rate_factor,
+                                  validation_loss)
 
 PACKAGE = Path(__file__).resolve().parent / "pixcell_min"
-PROCEDURAL_TILES = 72  # 8 of each tissue
-PROCEDURAL_SEED = 10**9  # the base's pretraining used lower ones: the same tissue in another stain
 MAX_VALIDATION_TILES = 64  # spread over the held-out tiles; more would take longer than training
-# Settings that a resumed run may change: they touch neither a drawn number nor a weight.
-FREE_ON_RESUME = {"out", "cache", "decode_workers", "save_every", "validate_every", "sample_count",
-                  "guidance_scale", "keep_states", "sample_every"}
 
 
 def main(argv=None) -> int:
@@ -86,7 +82,7 @@ def train(config: Config, options, command) -> int:
     if config.deterministic:
         make_deterministic()
     tiles = (find_precomputed(config.features) if config.features else
-             find_tiles(config.data or procedural_tiles(config)))
+             find_tiles(config.data or second_laboratory(config.cache)))
     pipeline = load_pixcell_base(config.base, config.device, config.mixed_precision)
     transformer, schedule, dtype = pipeline.transformer, pipeline.schedule, pipeline.dtype
     state = make_trainable(config, pipeline)
@@ -223,15 +219,12 @@ def check_run_folder(run: Path, config: Config, options) -> None:
         return
     require_state(run)
     check_writable(run)
-    then = Config(**read_yaml(run / SETTINGS))
-    changed = {name: f"{name} {getattr(then, name)} → {getattr(config, name)}"
-               for name in vars(config) if getattr(then, name) != getattr(config, name)}
-    free = FREE_ON_RESUME - ({"validate_every"} if config.early_stop else set())  # it decides the end
-    if refused := [line for name, line in changed.items() if name not in free]:
+    refused, free = changes(Config(**read_yaml(run / SETTINGS)), config)
+    if refused:
         raise ValueError(f"{run}: cannot resume with other settings: {'; '.join(refused)}")
-    if changed:
-        print(f"train.py: note: other settings, of no effect on the result: "
-              f"{'; '.join(changed.values())}", file=sys.stderr)
+    if free:
+        print(f"train.py: note: other settings, of no effect on the result: {'; '.join(free)}",
+              file=sys.stderr)
 
 
 def preview(config: Config) -> None:
@@ -316,12 +309,6 @@ def load_features(config: Config, pipeline, tiles):
     print(f"tiles: {len(training)} to train on, {len(validation)} held out; latents and embeddings "
           f"in {features.variants} variant(s) each, {features.nbytes / 1e6:.0f} MB, memory-mapped")
     return features, training, validation
-
-
-def procedural_tiles(config: Config) -> Path:
-    """Folder of the second laboratory's procedural tiles, drawn once; appears when complete."""
-    folder = Path(config.cache) / f"procedural-second-{PROCEDURAL_TILES}-{PROCEDURAL_SEED}"
-    return drawn_once(folder, PROCEDURAL_TILES, SECOND, PROCEDURAL_SEED)
 
 
 if __name__ == "__main__":

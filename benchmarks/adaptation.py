@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from pixcell_min.data import find_tiles, read_tile
 from pixcell_min.tools.metrics import colour_shift
-from pixcell_min.tools.synthetic import FIRST, render_tile
+from pixcell_min.tools.synthetic import FIRST, render_tile, second_laboratory
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = {  # name → what differs from train.py's defaults, rank 8, alpha 16, all attention
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--train", default="", help="further flags of train.py, for all variants")
     options = parser.parse_args()
     if options.data is None:  # once, before jobs side by side would each make them
-        options.data = procedural_folder(options.work / "cache")
+        options.data = second_laboratory(options.work / "cache")
     names = [name.replace("+", ", ") for name in options.variants.split(",")]
     work = options.work / options.name
     jobs = [(name, seed) for seed in range(options.seeds) for name in names]
@@ -114,14 +114,6 @@ def run(work, name, seed, options) -> None:
         partial = shared.with_name(f"{shared.name}.{folder.name}")
         shutil.copytree(folder / images, partial)
         partial.rename(shared)
-
-
-def procedural_folder(cache) -> Path:
-    """The tiles that train.py takes without --data."""
-    if str(ROOT) not in sys.path:
-        sys.path.insert(0, str(ROOT))
-    import train
-    return train.procedural_tiles(train.Config(cache=str(cache)))
 
 
 def true_shift(folder) -> dict:

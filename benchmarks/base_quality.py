@@ -18,13 +18,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from pixcell_min.base import load_pixcell_base
+from pixcell_min.batches import generator_for
 from pixcell_min.checkpoint import write_text
 from pixcell_min.data import find_tiles, fit_tile, image_to_tensor, read_tile, tensor_to_image
 from pixcell_min.images import image_grid, save_png
 from pixcell_min.tools.metrics import bootstrap, cosine_fidelity
 from pixcell_min.tools.pretrain import dihedral, round_trip_psnr, stain_jitter
 from pixcell_min.tools.synthetic import TISSUES, render_tile
-from pixcell_min.training import generator_for
 
 UNSEEN = 2 * 10**9  # procedural seeds that neither pretraining nor train.py uses
 SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 9.0)

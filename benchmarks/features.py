@@ -27,12 +27,13 @@ from first_run import machine  # noqa: E402
 
 from pixcell_min.adapter import EmbeddingAdapter  # noqa: E402
 from pixcell_min.base import load_pixcell_base  # noqa: E402
+from pixcell_min.batches import draw_batch, generator_for  # noqa: E402
 from pixcell_min.checkpoint import write_text  # noqa: E402
 from pixcell_min.data import Tile, fit_tile, load_tiles, read_tile  # noqa: E402
 from pixcell_min.features import cached_features, encode_images, encode_tiles  # noqa: E402
 from pixcell_min.lora import inject_lora, lora_parameters  # noqa: E402
 from pixcell_min.training import (build_optimizer, build_scaler, diffusion_loss,  # noqa: E402
-                                  draw_batch, generator_for, optimizer_step)
+                                  optimizer_step)
 
 BATCH, SIZE = 4, 256
 DECODED, ENCODED, STEPS = 200, 16, 3  # tiles, tiles, optimizer steps

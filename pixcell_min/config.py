@@ -19,6 +19,9 @@ from pixcell_min.checks import (BLOCKS, DEVICE, DROPOUT, FLAG, INT_OR_NULL, SEED
                                 nonnegative_float, nonnegative_int, one_of, positive_float,
                                 positive_int, words)
 
+# Settings that a resumed run may change: they touch neither a drawn number nor a weight.
+FREE_ON_RESUME = {"out", "cache", "decode_workers", "save_every", "validate_every", "sample_count",
+                  "guidance_scale", "keep_states", "sample_every"}
 YAML_HEAD = """\
 # All settings of a run: python train.py --config config.yaml
 # A line that is left out keeps its default; flags win over this file (python train.py --help).
@@ -185,6 +188,15 @@ def to_yaml(config: Config) -> str:
         text = yaml.dump([value], Dumper=_Dumper, default_flow_style=True, width=math.inf)
         lines.append(f"# {_described(field)}\n{name}: {text.strip()[1:-1]}\n")
     return "".join(lines)
+
+
+def changes(then: Config, now: Config) -> tuple[list[str], list[str]]:
+    """What differs, as "name old → new": (what a resumed run must not change, what it may)."""
+    free = FREE_ON_RESUME - ({"validate_every"} if now.early_stop else set())  # it decides the end
+    changed = [name for name in FIELDS if getattr(then, name) != getattr(now, name)]
+    lines = {name: f"{name} {getattr(then, name)} → {getattr(now, name)}" for name in changed}
+    return ([lines[name] for name in changed if name not in free],
+            [lines[name] for name in changed if name in free])
 
 
 def _described(field):

@@ -20,6 +20,7 @@ from pixcell_min import base as base_module
 from pixcell_min import training
 from pixcell_min.adapter import EmbeddingAdapter, load_adapter
 from pixcell_min.base import load_pixcell_base
+from pixcell_min.batches import Batch, draw_micro_batches
 from pixcell_min.checkpoint import read_tensors
 from pixcell_min.config import Config, read_yaml
 from pixcell_min.data import find_tiles, fit_tile, read_tile
@@ -27,8 +28,9 @@ from pixcell_min.features import DIHEDRAL, ENCODE_BATCH, Features, encode_images
 from pixcell_min.images import read_settings
 from pixcell_min.lora import inject_lora, load_lora, lora_layers, lora_parameters
 from pixcell_min.schedulers import NoiseSchedule
-from pixcell_min.training import (Batch, build_optimizer, build_scaler, diffusion_loss,
-                                  draw_micro_batches, optimizer_step, timestep_weights)
+from pixcell_min.tools.synthetic import PROCEDURAL_SEED, second_laboratory
+from pixcell_min.training import (build_optimizer, build_scaler, diffusion_loss, optimizer_step,
+                                  timestep_weights)
 
 RUN_FILES = {"config.yaml", "lora_weights.safetensors", "adapter.safetensors", "metrics.jsonl",
              "states", "tiles.json", "run.json"}
@@ -220,11 +222,11 @@ def test_dry_run_prints_settings_and_writes_nothing(arguments, tmp_path, capsys)
 
 
 def test_without_data_it_trains_on_procedural_tiles(arguments, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "PROCEDURAL_TILES", 9)
+    monkeypatch.setattr(train, "second_laboratory", lambda cache: second_laboratory(cache, 9))
     at = arguments.index("--data")
     assert train.main([*arguments[:at], *arguments[at + 2:], "--max-train-steps", "1",
                        "--no-dihedral"]) == 0
-    assert len(list((tmp_path / "cache" / f"procedural-second-9-{train.PROCEDURAL_SEED}").rglob("*.png"))) == 9
+    assert len(list((tmp_path / "cache" / f"procedural-second-9-{PROCEDURAL_SEED}").rglob("*.png"))) == 9
 
 
 def test_vae_and_encoder_are_gone_while_training_and_the_vae_is_back_for_a_grid_alone(
@@ -343,7 +345,7 @@ def test_held_out_tiles_are_never_trained_on(arguments, tiny_base):
     features, tiles_in, held_out = train.load_features(
         config, pipeline, find_tiles(config.data))
     assert len(tiles_in) == 6 and len(held_out) == 2 and not set(tiles_in) & set(held_out)
-    seen = torch.cat([batch.embeddings for step in range(4) for batch in training.draw_micro_batches(
+    seen = torch.cat([batch.embeddings for step in range(4) for batch in draw_micro_batches(
         features, features.rows(tiles_in), pipeline.schedule, 2, 2, 0.1, None, 0, "cpu", step)])
     for row in features.rows(held_out):
         for variant in range(features.variants):
@@ -565,7 +567,7 @@ def test_dropout_does_not_repeat_the_noise_of_its_batch():
     features = type("F", (), {"draw_variants": lambda self, rows, g: rows, "embeddings": torch.zeros(
         8, 1, 16), "sample_latents": lambda self, rows, g: torch.zeros(len(rows), 16, 8, 8)})()
     global_draws = []
-    for batch in training.draw_micro_batches(
+    for batch in draw_micro_batches(
             features, torch.arange(8), NoiseSchedule.linear(), 2, 2, 0.1, None, 0, "cpu", 0):
         global_draws.append(torch.randn(batch.noise.shape))
         assert not torch.equal(global_draws[-1], batch.noise)

@@ -8,7 +8,7 @@ import torch
 
 import train
 from conftest import ROOT, assert_same_weights, metrics, weights
-from pixcell_min import training
+from pixcell_min import batches, training
 from pixcell_min.checkpoint import load_object
 from pixcell_min.lora import lora_parameters
 from pixcell_min.training import (Diverged, Progress, StepReport, TrainingState, build_optimizer,
@@ -278,7 +278,7 @@ def test_rates_count_optimizer_steps_not_micro_steps(arguments, tmp_path):
 
 def test_balanced_draws_take_every_class_equally_often_and_every_tile_of_it():
     classes = [[0, 1, 2, 3, 4, 5, 6], [7, 8], [9]]
-    draws = torch.cat([training.balanced_indices(classes, 4, step, 3) for step in range(42)]).tolist()
+    draws = torch.cat([batches.balanced_indices(classes, 4, step, 3) for step in range(42)]).tolist()
     for start in range(0, 168, 3):  # in each turn every class once
         assert sorted(sum(i in its for its in classes[:1]) + 2 * (i == 9)
                       for i in draws[start:start + 3]) == [0, 1, 2]
@@ -286,17 +286,17 @@ def test_balanced_draws_take_every_class_equally_often_and_every_tile_of_it():
     for start in range(0, 56, 7):  # each class in permutations of its own
         assert sorted(large[start:start + 7]) == classes[0]
     assert large[:7] != large[7:14] and len({tuple(large[i:i + 7]) for i in range(0, 56, 7)}) > 4
-    again = [training.balanced_indices(classes, 4, 5, seed).tolist() for seed in (3, 4)]
+    again = [batches.balanced_indices(classes, 4, 5, seed).tolist() for seed in (3, 4)]
     assert again[0] == draws[20:24] != again[1]  # any batch alone, from the seed
 
 
 def test_a_balanced_run_evens_out_its_classes_and_needs_two(arguments, tiles, tmp_path, capsys):
     for path in sorted((tiles / "STR").iterdir())[1:]:
         path.unlink()
-    seen, loss = [], training.draw_batch
+    seen, loss = [], batches.draw_batch
     flags = [*arguments, "--no-dihedral", "--class-balanced", "--max-train-steps", "3"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "draw_batch", lambda features, rows, *rest: (
+        patch.setattr(batches, "draw_batch", lambda features, rows, *rest: (
             seen.extend(features.tiles[row].label for row in rows), loss(features, rows, *rest))[1])
         assert train.main(flags) == 0
     assert seen.count("STR") == seen.count("TUM") == 6

@@ -24,6 +24,8 @@ from tqdm import tqdm
 
 TISSUES: tuple[str, ...] = ("ADI", "BACK", "DEB", "LYM", "MUC", "MUS", "NORM", "STR", "TUM")
 SIZES = (64, 1024)  # px: below, no gland fits; above, use several tiles
+PROCEDURAL_TILES = 72  # 8 of each tissue
+PROCEDURAL_SEED = 10**9  # the base's pretraining used lower ones: the same tissue in another stain
 MARGIN = 16  # px around the tile in which cells may lie, so that the border cuts some
 ACROSS = np.pi / 2  # from the gradient of a field to its contour: along a fibre, around a gland
 
@@ -492,6 +494,12 @@ def drawn_once(folder: Path, count: int, laboratory: Laboratory, seed: int) -> P
                 raise
             shutil.rmtree(partial)
     return folder
+
+
+def second_laboratory(cache, count: int = PROCEDURAL_TILES) -> Path:
+    """Folder of the tiles that train.py takes without --data, drawn once into `cache`."""
+    return drawn_once(Path(cache) / f"procedural-second-{count}-{PROCEDURAL_SEED}", count, SECOND,
+                      PROCEDURAL_SEED)
 
 
 def main(arguments: list[str] | None = None) -> None:
