@@ -2,16 +2,18 @@
 
     python train.py --rank 8 --alpha 16
     python train.py --data tiles --base weights/pixcell-256 --out runs/nct --config config.yaml
+    torchrun --nproc-per-node=2 train.py --data tiles --out runs/nct
 
 Without --data it trains on procedural tiles of a second "laboratory", whose stain the embedded base
 has never seen.
 """
 
 import math
+import os
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from pixcell_min.base import features_hash, load_pixcell_base, read_vae_config, 
 from pixcell_min.batches import draw_micro_batches, generator_for, group_by_class
 from pixcell_min.config import Config, changes, parse_train, read_yaml, to_yaml
 from pixcell_min.data import find_tiles, split_tiles, spread
+from pixcell_min.distributed import Processes, joined, lost
 from pixcell_min.ema import averaged, update_averages
 from pixcell_min.features import cached_images, encode_images
 from pixcell_min.lora import count_parameters, inject_lora, lora_parameters
@@ -51,16 +54,21 @@ def main(argv=None) -> int:
         if options.resume and options.config is None:  # its own settings, then this call's flags
             require_state(Path(config.out))
             config, options = parse_train([*argv, "--config", str(Path(config.out) / SETTINGS)])
-        if options.dry_run:
-            preview(config)
-            return 0
-        return train(config, options, ["python", "train.py", *argv])
+        with joined(config.device) as processes, open(os.devnull, "w") as silence, (
+                nullcontext() if processes.is_first else redirect_stdout(silence)):
+            if options.dry_run:
+                preview(config, processes)
+                return 0
+            return train(config, options, ["python", "train.py", *argv], processes)
     except (ValueError, OSError) as error:
         line = error
     except (RuntimeError, MemoryError) as error:
-        if not (line := refusal(error)):
+        if lost(error):
+            line = "another process of this run has ended; see its message"
+        elif line := refusal(error):
+            line = f"{line}; {kept(Path(config.out))}"
+        else:
             raise  # a fault of ours: with its traceback
-        line = f"{line}; {kept(Path(config.out))}"
     except KeyboardInterrupt:
         saved = config and state_files(run := Path(config.out))
         go_on = f"; {kept(run)}" if saved else " before any save"
@@ -72,21 +80,25 @@ def main(argv=None) -> int:
     return 2
 
 
-def train(config: Config, options, command) -> int:
+def train(config: Config, options, command, processes=Processes()) -> int:
     """One run, from tiles to a run folder; → exit code: 0, or 128 + the signal that stopped it.
 
-    Raises: ValueError for whatever the caller can mend.
+    Of several processes the first one writes. Raises: ValueError for whatever the caller can mend.
     """
     run = Path(config.out)
-    check_run_folder(run, config, options)
+    if processes.is_first:
+        check_run_folder(run, config, options)
+    check_shares(config, processes)
     if config.deterministic:
         make_deterministic()
     tiles = (find_precomputed(config.features) if config.features else
              find_tiles(config.data or second_laboratory(config.cache)))
-    pipeline = load_pixcell_base(config.base, config.device, config.mixed_precision)
+    pipeline = load_pixcell_base(
+        config.base, processes.device(config.device), config.mixed_precision)
     transformer, schedule, dtype = pipeline.transformer, pipeline.schedule, pipeline.dtype
     state = make_trainable(config, pipeline)
-    features, training, validation = load_features(config, pipeline, tiles)
+    with processes.one_first():
+        features, training, validation = load_features(config, pipeline, tiles)
     training_rows = features.rows(training)
     # What a saved state must agree with to be continued.
     identity = {"base_hash": pipeline.base_hash, "dtype": str(dtype),
@@ -95,48 +107,36 @@ def train(config: Config, options, command) -> int:
     classes = group_by_class(training) if config.class_balanced else None
     batches_of = partial(draw_micro_batches, features, training_rows, schedule, config.batch_size,
                          config.gradient_accumulation_steps, config.condition_dropout, classes,
-                         config.seed, pipeline.device)
-    begin(run, config, options, command, identity, state, training, validation)
+                         config.seed, pipeline.device, processes.rank, processes.size)
+    begin(run, config, options, command, identity, state, training, validation, processes)
     validation = spread(validation, MAX_VALIDATION_TILES)
-    note = partial(log, run, board := open_tensorboard(run, state.progress.step))
-
-    def loss_of(batch):
-        return diffusion_loss(transformer, state.adapter, schedule, batch, dtype,
-                              config.loss_weighting, config.min_snr_gamma, config.vlb_weight)
-
+    board = open_tensorboard(run, state.progress.step) if processes.is_first else None
+    note = processes.by_first(partial(log, run, board))
+    loss_of = processes.parallel(
+        lambda batch: diffusion_loss(transformer, state.adapter, schedule, batch, dtype,
+                                     config.loss_weighting, config.min_snr_gamma,
+                                     config.vlb_weight), state.parameters)
     measure = partial(validation_loss, transformer, state.adapter, schedule, features,
                       features.rows(validation), config.batch_size, config.seed, dtype)
+    draw = processes.by_first(lambda name: draw_grid(
+        run / name, pipeline, state.adapter, features, spread(validation, config.sample_count),
+        config.guidance_scale, config.seed, None if config.features else config.tile_fit))
+    save = processes.by_first(partial(save_run, run, config, identity, state))
 
-    def validate():
-        loss, bands = measure()
-        values = {"validation_loss": loss, "validation_bands": bands}
-        if state.averages:
-            with averaged(state.parameters, state.averages):
-                values["validation_loss_ema"] = measure()[0]
-        count_validation(state.progress, loss)
-        note(state.progress, values)
-        tqdm.write(f"validation loss at step {state.progress.step}: {loss:.5f}")
-
-    def draw(name):
-        draw_grid(run / name, pipeline, state.adapter, features,
-                  spread(validation, config.sample_count), config.guidance_scale, config.seed,
-                  None if config.features else config.tile_fit)
-
-    def save():
-        save_state(run, identity, state, config.keep_states)
-        save_shared(run, state, {"base_hash": pipeline.base_hash, "base": str(config.base)})
-        draw_curve(run)
+    def check():
+        validate(state, partial(processes.from_first, measure), note)
 
     with StopSignals() as stop, board or nullcontext():
         try:
             if state.progress.attempt == 0:  # so a resumed run validates again, and as a new one
-                validate()
-            fit(config, total, state, loss_of, batches_of, note, validate, draw, save, stop)
+                check()
+            fit(config, total, state, loss_of, batches_of, note, check, draw, save, stop, processes)
         except ValueError as error:
             raise ValueError(f"{error}; {kept(run, error)}") from None
-    if stop.received:
+    if stop.received and processes.is_first:
         print(f"train.py: stopped by {signal.Signals(stop.received).name} after step "
               f"{state.progress.step}, saved; go on with: {resume_command(run)}", file=sys.stderr)
+    if stop.received:
         return 128 + stop.received
     if config.sample_count:
         draw(GRID)
@@ -144,27 +144,63 @@ def train(config: Config, options, command) -> int:
     return 0
 
 
-def begin(run: Path, config: Config, options, command, identity, state, training,
-          validation) -> None:
-    """Make the run's folder, or take it up where it was saved; either way note this session."""
-    session = describe_session(
-        command, {"base": identity["base_hash"], "embeddings": identity["tiles"]},
-        [Path(__file__), *PACKAGE.glob("*.py")], seed=config.seed,
-        precision=identity["dtype"], deterministic=config.deterministic)
-    lock(run)
-    if not options.resume:
-        start_run(run, options.overwrite, session, to_yaml(config), training, validation)
-        save_state(run, identity, state, config.keep_states)  # so that --resume works from now on
-        return
-    note = partial(print, "train.py: note:", file=sys.stderr)
-    load_state(run, identity, state, note)
-    resume_run(run, session, to_yaml(config), state, note)
-    if state.progress.step:  # a kill between the two files may have left them of different steps
-        save_shared(run, state, {"base_hash": identity["base_hash"], "base": str(config.base)})
+def begin(run: Path, config: Config, options, command, identity, state, training, validation,
+          processes) -> None:
+    """Make the run's folder, or take it up where it was saved; either way note this session.
+
+    Afterwards all processes are in the state of the first, which did it. Raises: ValueError.
+    """
+    processes.require_equal(identity)
+
+    def by_first():
+        session = describe_session(
+            command, {"base": identity["base_hash"], "embeddings": identity["tiles"]},
+            [Path(__file__), *PACKAGE.glob("*.py")], seed=config.seed,
+            precision=identity["dtype"], deterministic=config.deterministic,
+            processes=processes.size)
+        lock(run)
+        if options.resume:
+            note = partial(print, "train.py: note:", file=sys.stderr)
+            load_state(run, identity, state, note)
+            resume_run(run, session, to_yaml(config), state, note)
+            if state.progress.step:  # a kill between two files may have left them of two steps
+                save_shared(run, state, provenance(config, identity))
+        else:
+            start_run(run, options.overwrite, session, to_yaml(config), training, validation)
+            save_state(run, identity, state, config.keep_states)  # from now on --resume works
+        return state.state_dict()
+
+    content = processes.from_first(by_first)
+    if not processes.is_first:
+        state.load_state_dict(content, "process 0")
 
 
-def fit(config: Config, total: int, state: TrainingState, loss_of, batches_of, note, validate, draw,
-        save, stop) -> None:
+def provenance(config: Config, identity) -> dict:
+    """What the files to share say of the base."""
+    return {"base_hash": identity["base_hash"], "base": str(config.base)}
+
+
+def save_run(run: Path, config: Config, identity, state) -> None:
+    """State, files to share and loss curve."""
+    save_state(run, identity, state, config.keep_states)
+    save_shared(run, state, provenance(config, identity))
+    draw_curve(run)
+
+
+def validate(state: TrainingState, measure, note) -> None:
+    """Note the validation loss, of the averaged weights too, where there are any."""
+    loss, bands = measure()
+    values = {"validation_loss": loss, "validation_bands": bands}
+    if state.averages:
+        with averaged(state.parameters, state.averages):
+            values["validation_loss_ema"] = measure()[0]
+    count_validation(state.progress, loss)
+    note(state.progress, values)
+    tqdm.write(f"validation loss at step {state.progress.step}: {loss:.5f}")
+
+
+def fit(config: Config, total: int, state: TrainingState, loss_of, batches_of, note, check, draw,
+        save, stop, processes) -> None:
     """Steps until `total` are made, a signal comes or validation stops improving; then all is saved."""
     state.transformer.train(), state.adapter.train()
     progress, began = state.progress, time.monotonic()
@@ -172,15 +208,21 @@ def fit(config: Config, total: int, state: TrainingState, loss_of, batches_of, n
     def exhausted():
         return 0 < config.early_stop <= progress.validations_since_best
 
-    with tqdm(total=total, initial=progress.step, desc="training", unit="step") as bar:
-        while progress.step < total and not stop.received and not exhausted():
+    def stopped():  # all processes stop at the step at which one got a signal
+        received = processes.highest(stop.received or 0)
+        stop.received = received or stop.received  # which may have come meanwhile
+        return received
+
+    with tqdm(total=total, initial=progress.step, desc="training", unit="step",
+              disable=not processes.is_first) as bar:
+        while progress.step < total and not exhausted() and not stopped():
             factor = rate_factor(progress.step, config.warmup_steps, total, config.lr_schedule)
             for group in state.optimizer.param_groups:
                 group["lr"] = factor * group["initial_lr"]
             report = optimizer_step(
                 loss_of, batches_of(progress.attempt),
                 config.batch_size * config.gradient_accumulation_steps, state.optimizer,
-                state.scaler, config.max_grad_norm)
+                state.scaler, config.max_grad_norm, processes)
             count_attempt(progress, report)
             rates = [group["lr"] for group in state.optimizer.param_groups]
             note(progress, {
@@ -200,7 +242,7 @@ def fit(config: Config, total: int, state: TrainingState, loss_of, batches_of, n
             bar.update()
             last = progress.step == total
             if is_due(progress.step, config.validate_every) or last:
-                validate()  # before saving: a resumed run drops what was logged after its save
+                check()  # before saving: a resumed run drops what was logged after its save
             if config.sample_count and is_due(progress.step, config.sample_every) and not last:
                 draw(f"samples/step-{progress.step:08d}.png")
             if is_due(progress.step, config.save_every) or last or exhausted():
@@ -208,7 +250,7 @@ def fit(config: Config, total: int, state: TrainingState, loss_of, batches_of, n
         if exhausted():
             tqdm.write(f"stopped early at step {progress.step}: no lower validation loss than "
                        f"{progress.best_loss:.5f} in {config.early_stop} validations")
-        if stop.received:
+        if stopped():
             save()
 
 
@@ -227,19 +269,29 @@ def check_run_folder(run: Path, config: Config, options) -> None:
               file=sys.stderr)
 
 
-def preview(config: Config) -> None:
+def check_shares(config: Config, processes: Processes) -> None:
+    """Raises: ValueError unless each process gets as many micro-batches of a step."""
+    if config.gradient_accumulation_steps % processes.size:
+        raise ValueError(
+            f"--gradient-accumulation-steps {config.gradient_accumulation_steps}: cannot be shared "
+            f"evenly by {processes.size} processes; give a multiple of {processes.size}")
+
+
+def preview(config: Config, processes=Processes()) -> None:
     """--dry-run: print the settings as YAML and, as its comments, what the run would take."""
+    check_shares(config, processes)
     comment = partial(print, "#")
     count = (len(find_precomputed(config.features)) if config.features else
              len(find_tiles(config.data)) if config.data else PROCEDURAL_TILES)
-    pipeline = load_pixcell_base(config.base, config.device, config.mixed_precision)
+    pipeline = load_pixcell_base(
+        config.base, processes.device(config.device), config.mixed_precision)
     state = make_trainable(config, pipeline, comment)
     held_out = min(max(round(count * config.validation_fraction), 1), count - 1)
     steps = total_steps(config, count - held_out)
     every = config.validate_every or steps
     for line in estimate(
-            pipeline, state, steps, config.gradient_accumulation_steps, config.batch_size,
-            (1 + math.ceil(steps / every), min(held_out, MAX_VALIDATION_TILES)), count,
+            pipeline, state, steps, config.gradient_accumulation_steps // processes.size,
+            config.batch_size, (1 + math.ceil(steps / every), min(held_out, MAX_VALIDATION_TILES)), count,
             8 if config.dihedral and not config.features else 1, config.keep_states):
         comment(line)
     print(to_yaml(config), end="")

@@ -44,12 +44,13 @@ def draw_batch(features, rows, schedule, condition_dropout: float, generator) ->
 
 
 def draw_micro_batches(features, rows, schedule, batch_size, count, condition_dropout, classes,
-                       seed, device, attempt: int):
+                       seed, device, rank: int, size: int, attempt: int):
     """Yield the `count` batches of an attempt at a step; each depends on seed and its number alone.
 
-    rows: the unturned feature rows to train on; classes: of `group_by_class`, to draw all alike.
+    rows: the unturned feature rows to train on; classes: of `group_by_class`, to draw all alike;
+    process `rank` of `size` gets every size-th batch.
     """
-    for micro_step in range(attempt * count, (attempt + 1) * count):
+    for micro_step in range(attempt * count + rank, (attempt + 1) * count, size):
         generator = generator_for(seed, "train", micro_step)
         # LoRA dropout draws from the global generator: seeded apart from the noise of the batch.
         torch.manual_seed(generator_for(seed, "dropout", micro_step).initial_seed())

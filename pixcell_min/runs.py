@@ -237,7 +237,8 @@ def resume_run(run: Path, session: dict, settings: str, state: TrainingState, re
             isinstance(its, dict) and isinstance(its.get("versions"), dict)
             and isinstance(its.get("hashes"), dict) for its in sessions):
         raise ValueError(f'{run / RECORD}: expected {{"sessions": […]}}, as train.py writes it')
-    then, now = ({**its["versions"], "pixcell_min's code": str(its["hashes"].get("code"))[:8]}
+    then, now = ({**its["versions"], "pixcell_min's code": str(its["hashes"].get("code"))[:8],
+                  "threads": its.get("threads"), "processes": its.get("processes", 1)}
                  for its in (sessions[-1], session))
     changed = [f"{name} {then.get(name)} → {now[name]}" for name in now
                if then.get(name) != now[name]]

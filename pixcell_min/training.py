@@ -8,6 +8,7 @@ attempt: it uses up its data, but is no step for rates, averages or counts.
 """
 
 import math
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
 import torch
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 
 from pixcell_min.batches import Batch, generator_for
 from pixcell_min.checkpoint import load_strict
+from pixcell_min.distributed import Processes
 from pixcell_min.lora import load_lora_state_dict, lora_state_dict
 from pixcell_min.precision import autocast
 from pixcell_min.variational import variational_bound
@@ -129,20 +131,24 @@ class Progress:
         return self.attempt - self.step
 
 
-def optimizer_step(loss_of, batches, num_samples, optimizer, scaler,
-                   max_grad_norm: float) -> StepReport:
+def optimizer_step(loss_of, batches, num_samples, optimizer, scaler, max_grad_norm: float,
+                   processes=Processes()) -> StepReport:
     """One optimizer step from micro-batches: gradients of the mean over all `num_samples` samples.
 
     loss_of: Batch → per-sample losses (B,); batches, perhaps of different sizes, are drawn one by
     one. Gradients are unscaled before they are clipped. A gradient that is not finite changes no
-    weight: the step is skipped.
+    weight: the step is skipped. Of several processes each has its own batches, of num_samples / W
+    samples, and `loss_of` from `Processes.parallel`; all report the same.
     """
-    total = 0.0
+    total, seen, own = 0.0, 0, num_samples / processes.size
     optimizer.zero_grad(set_to_none=True)
     for batch in batches:
-        loss = loss_of(batch).sum() / num_samples
-        scaler.scale(loss).backward()
+        seen += len(batch.timesteps)
+        with processes.apart(loss_of) if seen < own else nullcontext():
+            loss = loss_of(batch).sum() / own
+            scaler.scale(loss).backward()
         total += loss.item()
+    total = processes.mean(total)
     scaler.unscale_(optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm).item()

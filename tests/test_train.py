@@ -259,7 +259,7 @@ def test_cached_training_equals_uncached_bit_for_bit(arguments, tmp_path, tiny_b
     plain = Features(*(torch.cat(column) for column in zip(*direct)), tiles=features.tiles)
     for step in range(3):
         drawn = [list(draw_micro_batches(source, source.rows(training), pipeline.schedule, 2, 2, 0.1,
-                                         None, config.seed, "cpu", step))
+                                         None, config.seed, "cpu", 0, 1, step))
                  for source in (features, plain)]
         for first, second in zip(*drawn, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(vars(first).values(), vars(second).values()))
@@ -346,7 +346,7 @@ def test_held_out_tiles_are_never_trained_on(arguments, tiny_base):
         config, pipeline, find_tiles(config.data))
     assert len(tiles_in) == 6 and len(held_out) == 2 and not set(tiles_in) & set(held_out)
     seen = torch.cat([batch.embeddings for step in range(4) for batch in draw_micro_batches(
-        features, features.rows(tiles_in), pipeline.schedule, 2, 2, 0.1, None, 0, "cpu", step)])
+        features, features.rows(tiles_in), pipeline.schedule, 2, 2, 0.1, None, 0, "cpu", 0, 1, step)])
     for row in features.rows(held_out):
         for variant in range(features.variants):
             assert not (seen == features.embeddings[row + variant]).all(dim=(1, 2)).any()
@@ -568,7 +568,7 @@ def test_dropout_does_not_repeat_the_noise_of_its_batch():
         8, 1, 16), "sample_latents": lambda self, rows, g: torch.zeros(len(rows), 16, 8, 8)})()
     global_draws = []
     for batch in draw_micro_batches(
-            features, torch.arange(8), NoiseSchedule.linear(), 2, 2, 0.1, None, 0, "cpu", 0):
+            features, torch.arange(8), NoiseSchedule.linear(), 2, 2, 0.1, None, 0, "cpu", 0, 1, 0):
         global_draws.append(torch.randn(batch.noise.shape))
         assert not torch.equal(global_draws[-1], batch.noise)
     assert len(global_draws) == 2 and not torch.equal(*global_draws)  # reseeded per micro-step
