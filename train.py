@@ -21,7 +21,8 @@ import torch
 from tqdm import tqdm
 
 from pixcell_min.adapter import EmbeddingAdapter
-from pixcell_min.base import features_hash, load_pixcell_base, read_vae_config, vae_weights
+from pixcell_min.base import (feature_files, features_hash, load_pixcell_base, read_vae_config,
+                              vae_weights)
 from pixcell_min.batches import draw_micro_batches, generator_for, group_by_class
 from pixcell_min.config import Config, changes, parse_train, read_yaml, to_yaml
 from pixcell_min.data import find_tiles, split_tiles, spread
@@ -32,7 +33,7 @@ from pixcell_min.lora import count_parameters, inject_lora, lora_parameters
 from pixcell_min.monitor import draw_curve, draw_grid, estimate, open_tensorboard
 from pixcell_min.precision import make_deterministic, refusal
 from pixcell_min.precomputed import cached_precomputed, find_precomputed
-from pixcell_min.runs import (GRID, SETTINGS, StopSignals, check_new, check_writable,
+from pixcell_min.runs import (GRID, RECORD, SETTINGS, StopSignals, check_new, check_writable,
                               describe_session, kept, load_state, lock, log, require_state,
                               resume_command, resume_run, save_shared, save_state, start_run,
                               state_files, unlock)
@@ -102,13 +103,14 @@ def train(config: Config, options, command, processes=Processes()) -> int:
     training_rows = features.rows(training)
     # What a saved state must agree with to be continued.
     identity = {"base_hash": pipeline.base_hash, "dtype": str(dtype),
-                "tiles": features.fingerprint(training_rows)}
+                "tiles": features.fingerprint(training), "held_out": features.fingerprint(validation)}
     total = total_steps(config, len(training))
     classes = group_by_class(training) if config.class_balanced else None
     batches_of = partial(draw_micro_batches, features, training_rows, schedule, config.batch_size,
                          config.gradient_accumulation_steps, config.condition_dropout, classes,
                          config.seed, pipeline.device, processes.rank, processes.size)
-    begin(run, config, options, command, identity, state, training, validation, processes)
+    begin(run, config, options, command, identity, state, features.settings, training, validation,
+          processes)
     validation = spread(validation, MAX_VALIDATION_TILES)
     board = open_tensorboard(run, state.progress.step) if processes.is_first else None
     note = processes.by_first(partial(log, run, board))
@@ -144,8 +146,8 @@ def train(config: Config, options, command, processes=Processes()) -> int:
     return 0
 
 
-def begin(run: Path, config: Config, options, command, identity, state, training, validation,
-          processes) -> None:
+def begin(run: Path, config: Config, options, command, identity, state, features, training,
+          validation, processes) -> None:
     """Make the run's folder, or take it up where it was saved; either way note this session.
 
     Afterwards all processes are in the state of the first, which did it. Raises: ValueError.
@@ -154,8 +156,9 @@ def begin(run: Path, config: Config, options, command, identity, state, training
 
     def by_first():
         session = describe_session(
-            command, {"base": identity["base_hash"], "embeddings": identity["tiles"]},
-            [Path(__file__), *PACKAGE.glob("*.py")], seed=config.seed,
+            command, {"base": identity["base_hash"], "tiles": identity["tiles"],
+                      "held_out": identity["held_out"]},
+            [Path(__file__), *PACKAGE.glob("*.py")], seed=config.seed, features=features,
             precision=identity["dtype"], deterministic=config.deterministic,
             processes=processes.size)
         lock(run)
@@ -258,6 +261,9 @@ def check_run_folder(run: Path, config: Config, options) -> None:
     """Before any loading or deleting, refuse to lose or mix up runs. Raises: ValueError."""
     if not options.resume:
         check_new(run, options.overwrite)
+    if (run / RECORD).is_file():  # now, not after hours of encoding
+        lock(run)
+    if not options.resume:
         return
     require_state(run)
     check_writable(run)
@@ -294,6 +300,10 @@ def preview(config: Config, processes=Processes()) -> None:
             config.batch_size, (1 + math.ceil(steps / every), min(held_out, MAX_VALIDATION_TILES)), count,
             8 if config.dihedral and not config.features else 1, config.keep_states):
         comment(line)
+    if not config.features:
+        size = sum(path.stat().st_size for path in feature_files(config.base))
+        comment(f"encoding tiles that are not in the cache: {size / 1e6:.0f} MB of VAE and encoder, "
+                "let go before training starts")
     print(to_yaml(config), end="")
 
 

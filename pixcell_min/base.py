@@ -95,14 +95,18 @@ def load_encoder(base=None, device="auto") -> TileEncoder:
         encoder_folder(find_base(base))).to(choose_device(str(device)))
 
 
-def features_hash(base) -> str:
-    """What latents and embeddings depend on: hashes of the VAE's and encoder's files, joined."""
+def feature_files(base) -> list[Path]:
+    """What latents and embeddings depend on: weights and config of the VAE, then of the encoder."""
     base = find_base(base)
     folder = encoder_folder(base)
     weights = next((folder / name for name in WEIGHT_NAMES if (folder / name).is_file()),
                    folder / WEIGHT_NAMES[0])
-    return "-".join(file_hash(path) for path in (vae_weights(base), base / "vae" / "config.json",
-                                                 weights, folder / "config.json"))
+    return [vae_weights(base), base / "vae" / "config.json", weights, folder / "config.json"]
+
+
+def features_hash(base) -> str:
+    """Hashes of `feature_files`, joined."""
+    return "-".join(file_hash(path) for path in feature_files(base))
 
 
 @lru_cache(maxsize=1)

@@ -13,7 +13,7 @@ import json
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -61,6 +61,8 @@ class Features:
     std: torch.Tensor | Rows  # (N·V, C, H, W) float32
     embeddings: torch.Tensor | Rows  # (N·V, S, E) float32
     tiles: list[Tile]  # N, the readable ones
+    settings: dict = field(default_factory=dict)  # what they depend on beside the tiles' bytes
+    contents: list[str] = ()  # N, the content hash of each tile
 
     @property
     def variants(self) -> int:
@@ -86,12 +88,10 @@ class Features:
         mean = self.mean[rows]
         return mean + self.std[rows] * torch.randn(mean.shape, generator=generator)
 
-    def fingerprint(self, rows: torch.Tensor) -> str:
-        """SHA-256 of the embeddings of these rows, in order; reads a few at a time."""
-        digest = hashlib.sha256()
-        for part in rows.split(64):
-            digest.update(self.embeddings[part].numpy())
-        return digest.hexdigest()
+    def fingerprint(self, tiles) -> str:
+        """SHA-256 of all that the features of these tiles depend on, in order, and of their labels."""
+        content = dict(zip(self.tiles, self.contents, strict=True))
+        return _key(self.settings, [(content[tile], tile.label) for tile in tiles])
 
 
 @torch.no_grad()
@@ -162,7 +162,7 @@ def cached_features(cache_folder, tiles, compute: Callable, *, settings: dict, r
     Raises: ValueError if no tile can be read, computed ones cannot be written or be read back, or
     tiles were rewritten while they were computed, ATTEMPTS times.
     """
-    key = hashlib.sha256(repr((CACHE_VERSION, sorted(settings.items()))).encode()).hexdigest()
+    key = _key(settings)
     folder = Path(cache_folder) / f"features-{key[:16]}"
 
     def content_of(tile):
@@ -204,7 +204,13 @@ def cached_features(cache_folder, tiles, compute: Callable, *, settings: dict, r
         raise ValueError(f"no readable tile: {len(tiles)} of {len(tiles)} files failed")
     if len(kept) < len(tiles):
         report(f"{len(tiles) - len(kept)} of {len(tiles)} tiles could not be read and were skipped")
-    return _gather([entries[contents[tile]] for tile in kept], kept)
+    kept_contents = [contents[tile] for tile in kept]
+    return _gather([entries[content] for content in kept_contents], kept, settings, kept_contents)
+
+
+def _key(settings, *more):
+    return hashlib.sha256(
+        repr((CACHE_VERSION, sorted(settings.items()), *more)).encode()).hexdigest()
 
 
 def _content(paths):
@@ -296,9 +302,9 @@ def _write_shards(folder, key, parts, contents, content_of):
     return written, rewritten
 
 
-def _gather(entries, tiles):
-    """Features over the shards of these (tensors, position) entries."""
+def _gather(entries, *its):
+    """Features over the shards of these (tensors, position) entries; its: its further fields."""
     shards = list({id(tensors): tensors for tensors, _ in entries}.values())
     number = {id(tensors): i for i, tensors in enumerate(shards)}
     places = [(number[id(tensors)], position) for tensors, position in entries]
-    return Features(*(Rows([shard[name] for shard in shards], places) for name in NAMES), tiles)
+    return Features(*(Rows([shard[name] for shard in shards], places) for name in NAMES), *its)

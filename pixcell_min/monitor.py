@@ -113,7 +113,7 @@ def estimate(pipeline, state, steps, micro_batches, batch_size, validations, num
     count, tiles = validations
     validating = count * math.ceil(tiles * VALIDATION_TIMESTEPS / batch_size) * forward
     features = num_tiles * variants * 4 * (2 * math.prod(latents) + math.prod(tokens))
-    saved = 12 * sum(p.numel() for p in state.parameters)  # weight and two moments, float32
+    saved = (16 if state.averages else 12) * sum(p.numel() for p in state.parameters)
     return [
         "estimate from one micro-step of random tiles, on this machine as busy as it is now:",
         f"time {_clock(steps * per_step + validating)}: {steps} steps of {per_step:.3g} s, and "

@@ -78,7 +78,7 @@ def _is_temporary(path):
     return path.name == LOCK or path.name.startswith(".") and path.suffix == ".tmp"
 
 
-_locks = []  # open files: a lock ends with its file, at the latest with the process
+_locks = {}  # run → open file: a lock ends with its file, at the latest with the process
 
 
 def lock(run: Path) -> None:
@@ -87,9 +87,9 @@ def lock(run: Path) -> None:
     On POSIX alone; a file system without locks keeps nobody out.
     """
     run.mkdir(parents=True, exist_ok=True)
-    if os.name == "posix":
+    if os.name == "posix" and run not in _locks:
         import fcntl  # which other systems lack
-        _locks.append(file := open(run / LOCK, "w"))
+        _locks[run] = file = open(run / LOCK, "w")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -102,7 +102,7 @@ def lock(run: Path) -> None:
 def unlock() -> None:
     """Let other processes in again."""
     while _locks:
-        _locks.pop().close()
+        _locks.popitem()[1].close()
 
 
 # ---------------------------------------------------------------- record

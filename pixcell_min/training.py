@@ -248,11 +248,11 @@ def validation_loss(transformer, adapter, schedule, features, rows, batch_size: 
     generator = generator_for(seed, "validation")
     width = schedule.num_train_timesteps / VALIDATION_TIMESTEPS
     timesteps = ((ranges + torch.rand(len(rows), generator=generator)) * width).long()
-    noise = torch.randn(len(rows), *features.mean.shape[1:], generator=generator)
     total, bands = 0.0, torch.zeros(VALIDATION_TIMESTEPS, dtype=torch.float64)
     for part in torch.arange(len(rows)).split(batch_size):
         chosen = rows[part]
-        batch = Batch(features.mean[chosen], features.embeddings[chosen], noise[part],
+        noise = torch.randn(len(part), *features.mean.shape[1:], generator=generator)
+        batch = Batch(features.mean[chosen], features.embeddings[chosen], noise,
                       timesteps[part], torch.zeros(len(part), dtype=torch.bool)).to(device)
         losses = diffusion_loss(transformer, adapter, schedule, batch, dtype)
         total += losses.sum().item()

@@ -18,7 +18,7 @@ TESTS_ONLY = {"diffusers", "peft", "accelerate", "transformers"}
 MAX_FILE, MAX_FUNCTION = 330, 70  # lines
 # Four samplers and their shared schedule stand in one file: they are one table and one formula.
 # train.py alone wires things: parted, no half would be a story.
-LONGER = {"schedulers.py": 430, "train.py": 375}
+LONGER = {"schedulers.py": 430, "train.py": 380}
 
 
 def imports(path):

@@ -674,11 +674,18 @@ def test_sample_latents_is_mean_plus_std_times_noise():
     assert not torch.equal(drawn[0], drawn[2])
 
 
-def test_the_fingerprint_is_of_these_rows_in_this_order():
-    features = made_features(1, 200)
-    rows = torch.arange(199, -1, -1)
-    whole = hashlib.sha256(features.embeddings[rows].numpy()).hexdigest()
-    assert features.fingerprint(rows) == whole != features.fingerprint(torch.arange(200))
+def test_the_fingerprint_changes_with_all_that_features_depend_on():
+    tiles = [Tile(Path(f"{i}.png"), "TUM") for i in range(3)]
+
+    def fingerprint(chosen=tiles, base="a", contents=("0", "1", "2"), tiles=tiles):
+        tensors = [torch.zeros(3, 1)] * 3
+        return Features(*tensors, tiles, {"base": base}, list(contents)).fingerprint(chosen)
+
+    relabelled = [Tile(Path("0.png"), "STR"), *tiles[1:]]
+    prints = [fingerprint(), fingerprint(tiles[::-1]), fingerprint(tiles[:2]), fingerprint(base="b"),
+              fingerprint(contents=("0", "1", "x")), fingerprint(relabelled, tiles=relabelled)]
+    assert len(set(prints)) == len(prints) and fingerprint() == prints[0]
+    assert fingerprint(tiles[:2]) == fingerprint(tiles[:2], contents=("0", "1", "x"))  # of these alone
 
 
 def test_the_readmes_bytes_per_tile_are_those_of_both_bases():

@@ -317,8 +317,8 @@ def test_a_state_of_another_code_version_is_passed_over_kept_and_refused_if_alon
     content = later.read_bytes()
     capsys.readouterr()
     assert resume(run, "--save-every", "2") == 0
-    assert "saved by another version of this code, in format 3; this one reads format 2; 94 steps " \
-        "are lost" in capsys.readouterr().err
+    assert (f"saved by another version of this code, in format {checkpoint.STATE_FORMAT + 1}; this "
+            f"one reads format {checkpoint.STATE_FORMAT}; 94 steps are lost") in capsys.readouterr().err
     assert_same_weights(weights(run), whole[0])
     # It neither counts in the rotation nor falls to it.
     assert [path.name for path in runs.state_files(run)] == [
@@ -496,7 +496,9 @@ def test_a_second_process_is_kept_out_of_a_run_and_changes_nothing(arguments, tm
         assert holder.stdout.readline() == b"held\n"
         capsys.readouterr()
         for flags in ([*arguments, "--overwrite"], ["--resume", "--out", str(run)]):
-            assert train.main(flags) == 2
+            with pytest.MonkeyPatch.context() as patch:  # refused before anything is loaded
+                patch.setattr(train, "load_pixcell_base", interrupt)
+                assert train.main(flags) == 2
             assert last_line(capsys).startswith(
                 f"train.py: error: {run}: another process trains in it; wait")
         assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before

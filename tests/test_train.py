@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import train
 from conftest import ROOT, assert_same_weights, metrics, weights, write_base
@@ -21,7 +22,7 @@ from pixcell_min import training
 from pixcell_min.adapter import EmbeddingAdapter, load_adapter
 from pixcell_min.base import load_pixcell_base
 from pixcell_min.batches import Batch, draw_micro_batches
-from pixcell_min.checkpoint import read_tensors
+from pixcell_min.checkpoint import read_tensors, save_tensors
 from pixcell_min.config import Config, read_yaml
 from pixcell_min.data import find_tiles, fit_tile, read_tile
 from pixcell_min.features import DIHEDRAL, ENCODE_BATCH, Features, encode_images
@@ -140,6 +141,9 @@ def test_a_cache_and_tiles_inside_the_run_folder_survive(arguments, tmp_path, ti
 RESUME_DAMAGE = {
     "another base": "base_hash was",
     "other tiles": "tiles was",
+    "another VAE": "tiles was",
+    "another class": "tiles was",
+    "another held-out tile": "held_out was",
     "other precision": "dtype was",
     "no state": "not the state of a run",
     "no metrics": "metrics.jsonl: cannot be read",
@@ -160,6 +164,15 @@ def test_resume_refuses_what_would_mix_runs(damage, arguments, tiles, tmp_path, 
         write_base(base, seed=5)
     elif damage == "other tiles":
         (tiles / "TUM" / "TUM_0.png").unlink()
+    elif damage == "another VAE":
+        vae = base / "vae" / "diffusion_pytorch_model.safetensors"
+        tensors, _ = read_tensors(vae)
+        save_tensors(vae, tensors | {"decoder.conv_out.bias": torch.ones(3)})
+    elif damage == "another class":
+        (tiles / "STR").rename(tiles / "NORM")
+    elif damage == "another held-out tile":
+        held_out = json.loads((run / "tiles.json").read_text())["validation"][0]["path"]
+        Image.new("RGB", (64, 64)).save(held_out)
     elif damage == "other precision":
         monkeypatch.setattr(base_module, "choose_dtype", lambda name, device: torch.bfloat16)
     elif damage == "no state":
