@@ -1,4 +1,4 @@
-"""benchmarks/adaptation.py: its variants are flags that train.py knows, its medians are medians."""
+"""Benchmarks: adaptation.py's variants and medians; what the others measure, on a tiny base."""
 
 import importlib.util
 import json
@@ -9,9 +9,17 @@ from conftest import ROOT
 from pixcell_min.config import parse_train
 from pixcell_min.tools.synthetic import FIRST, SECOND, write_dataset
 
-spec = importlib.util.spec_from_file_location("adaptation", ROOT / "benchmarks" / "adaptation.py")
-adaptation = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(adaptation)
+
+
+def benchmark(name):
+    """A script of benchmarks/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+adaptation = benchmark("adaptation")
 
 
 @pytest.mark.parametrize("name", adaptation.VARIANTS)
@@ -66,3 +74,12 @@ def test_true_shift_is_that_of_the_stain_alone(tmp_path):
     same, other = (adaptation.true_shift(tmp_path / name) for name in (FIRST.name, SECOND.name))
     assert set(same) == {"colour W1", "H angle °", "E angle °"} == set(other)
     assert all(value == 0 for value in same.values()) and all(value > 2 for value in other.values())
+
+
+def test_the_cost_of_saving_is_that_of_files_which_resume(tiny_base, tmp_path):
+    result = benchmark("resume").measure(tiny_base, 1, tmp_path)
+    assert result["state_bytes"] == (tmp_path / "states/step-00000000.pt").stat().st_size > 0
+    assert {path.name for path in tmp_path.glob("*.safetensors")} == {
+        "lora_weights.safetensors", "adapter.safetensors"}
+    assert min(result[f"{name}_seconds"] for name in ("step", "save", "load")) > 0
+    assert 0 < result["share_of_time_saving"] < 1
