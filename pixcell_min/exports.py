@@ -50,7 +50,7 @@ def write_lora(lora: LoRAFile, path, form: str, overwrite=False) -> list[tuple]:
     provenance = json.dumps({**lora.header, "written_as": form, "read_from": lora.format}, indent=1)
     header = {**lora.header, **own}
     if form == "peft":
-        _write_folder(path, lambda folder: (
+        write_folder(path, lambda folder: (
             save_tensors(folder / PEFT_WEIGHTS[0], tensors, header),
             write_text(folder / PEFT_CONFIG, json.dumps(peft_config(lora), indent=1) + "\n"),
             write_text(folder / PROVENANCE, provenance + "\n")))
@@ -116,14 +116,17 @@ def _encode(lora, form):
     return tensors, own, scales
 
 
-def _write_folder(path, write):
-    """Call `write(temporary folder)` beside `path`, then rename it; an old one goes last."""
+def write_folder(path: Path, write) -> None:
+    """Call `write(new folder)` beside `path`, then rename it; a folder there is replaced.
+
+    Raises: ValueError, with what was there in its place, if it cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
         try:
             write(new := temporary / "new")
-            if path.exists():  # no call replaces a folder that holds files: this takes two
+            if path.exists():  # no one call replaces a folder that holds files
                 os.replace(path, temporary / "old")
             os.replace(new, path)
         finally:
