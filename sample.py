@@ -1,7 +1,7 @@
 """The story of an image: tile → embedding → adapter → guided denoising → PNG.
 
     python sample.py --image tile.png --run runs/lora --compare --scheduler euler_ancestral
-    python sample.py --image tiles/ --lora lora_weights.safetensors --adapter adapter.pth
+    python sample.py --image tiles/ --lora a.safetensors:0.7 --lora b-peft/:0.3 --adapter a.pth
 """
 
 import sys
@@ -16,11 +16,14 @@ from pixcell_min.checks import (DEVICE, OneLineParser, integer, nonnegative_floa
                                 positive_int)
 from pixcell_min.config import read_yaml
 from pixcell_min.data import find_tiles, fit_tile, read_tile
+from pixcell_min.formats import lora_files
 from pixcell_min.images import image_grid, save_png
 from pixcell_min.lora import lora_disabled
 from pixcell_min.pipeline import GUIDANCE_SCALE
 from pixcell_min.runs import shared_files
 from pixcell_min.schedulers import SCHEDULER_NAMES
+
+WEIGHT = number(-10, 10)  # of a LoRA
 
 
 def parse_sample(argv=None):
@@ -34,11 +37,13 @@ def parse_sample(argv=None):
                         help="run folder of train.py: its LoRA, adapter and base")
     parser.add_argument("--ema", action="store_true",
                         help="the run's averaged weights (train.py --ema-decay)")
-    parser.add_argument("--lora", type=Path, help="LoRA file, instead of the run's")
+    parser.add_argument("--lora", type=weighted_path, action="append",
+                        help="LoRA file or folder, PATH or PATH:WEIGHT, instead of the run's; "
+                             "given several times: their weighted sum")
     parser.add_argument("--adapter", type=Path,
                         help="adapter file (.safetensors, .pth), instead of the run's")
-    parser.add_argument("--lora-scale", type=number(-10, 10), default=1.0,
-                        help="1: as trained, 0: off [factor, -10 to 10]")
+    parser.add_argument("--lora-scale", type=WEIGHT, default=1.0,
+                        help="of all LoRA; 1: as trained, 0: off [factor, -10 to 10]")
     parser.add_argument("--fuse-lora", action="store_true",
                         help="merge LoRA into the weights: faster, equal up to rounding")
     parser.add_argument("--scheduler", choices=SCHEDULER_NAMES, default="ddim", help="default ddim")
@@ -64,6 +69,22 @@ def parse_sample(argv=None):
     if options.ema and options.run is None:
         parser.error("--ema chooses among a run's files; give --run")
     return options
+
+
+def weighted_path(text: str) -> tuple[Path, float]:
+    """PATH or PATH:WEIGHT → (path, weight, 1 if none). Raises: ArgumentTypeError, out of range.
+
+    What exists as a whole is a path, whatever colons it holds; else a number after the last colon
+    is the weight.
+    """
+    path, colon, weight = text.rpartition(":")
+    if not colon or not path or Path(text).exists():
+        return Path(text), 1.0
+    try:
+        float(weight)
+    except ValueError:  # C:\lora.safetensors
+        return Path(text), 1.0
+    return Path(path), WEIGHT(weight)
 
 
 def main(argv=None) -> int:
@@ -92,7 +113,12 @@ def sample(options) -> None:
     if options.adapter:
         adapter = load_adapter(options.adapter, pipeline.base_hash).to(pipeline.device)
     if options.lora:
-        pipeline.load_lora_weights(options.lora, options.lora_scale, fuse=options.fuse_lora)
+        headers = pipeline.combine_lora_weights(options.lora, options.lora_scale,
+                                                options.fuse_lora)
+        for (path, _), header in zip(options.lora, headers):
+            if "base_hash" not in header:
+                print(f"sample.py: note: {path} names no base_hash: that it was made for "
+                      "this base is not checked", file=sys.stderr)
     size = pipeline.transformer.config.sample_size * pipeline.vae.downscale
     fit = options.tile_fit or run_settings.get("tile_fit", "resize")
     settings = {"num_inference_steps": options.steps, "guidance_scale": options.guidance_scale,
@@ -100,7 +126,9 @@ def sample(options) -> None:
     made_by = {**settings, "base_hash": pipeline.base_hash, "tile_fit": fit,
                "lora_scale": options.lora_scale, "precision": str(pipeline.dtype or "float32"),
                "device": pipeline.device.type,
-               "lora_hash": file_hash(options.lora) if options.lora else None,
+               "lora_hash": "-".join(file_hash(file) for path, _ in options.lora or ()
+                                     for file in lora_files(path)) or None,
+               "lora_weights": [weight for _, weight in options.lora or ()],
                "adapter_hash": file_hash(options.adapter) if options.adapter else None}
     seeds = [options.seed + i for i in range(options.num_images)]
 
@@ -144,7 +172,8 @@ def read_run(options) -> dict:
     settings = read_yaml(options.run / "config.yaml")
     if not (options.lora and options.adapter):
         lora, adapter = shared_files(options.run, options.ema)
-        options.lora, options.adapter = options.lora or lora, options.adapter or adapter
+        options.lora = options.lora or [(lora, 1.0)]
+        options.adapter = options.adapter or adapter
     return settings
 
 

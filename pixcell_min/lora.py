@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pixcell_min.checkpoint import read_tensors, save_tensors
+from pixcell_min.checkpoint import save_tensors
 
 DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 PEFT_PREFIX = "base_model.model."  # without it peft loads nothing, with only a warning
@@ -30,7 +30,7 @@ class LoRALinear(nn.Module):
                  generator=None):
         """`init` of A: kaiming U(±1/√in), gaussian N(0, std 1/R). Raises: ValueError as _check."""
         super().__init__()
-        _check(type(base).__name__, base, rank, alpha, dropout, init)
+        _check(type(base).__name__, rank, alpha, dropout, init)
         # Drawn where the generator lives: a CPU generator gives one start for every device.
         drawn_on = getattr(generator, "device", "cpu")
         lora_A = torch.empty(rank, base.in_features, dtype=torch.float32, device=drawn_on)
@@ -105,7 +105,7 @@ def inject_lora(model, rank, alpha, targets=DEFAULT_TARGETS, within=("attn1", "a
     untouched, if something named matches nothing, LoRA is there already, or _check refuses.
     """
     rank_pattern, alpha_pattern = rank_pattern or {}, alpha_pattern or {}
-    linears = _linears(model)
+    linears = plain_linears(model)
     block = {n: next((int(p) for p in n.split(".") if p.isdigit()), None) for n in linears}
     found = [name for name in linears if any(_ends(name, target) for target in targets)
              and (within is None or any(place in name.split(".") for place in within))
@@ -126,12 +126,18 @@ def inject_lora(model, rank, alpha, targets=DEFAULT_TARGETS, within=("attn1", "a
         end = max((end for end in pattern if _ends(name, end)), key=len, default=None)
         return pattern.get(end, default)
 
-    _install(model, {name: (value(rank_pattern, name, rank), value(alpha_pattern, name, alpha),
-                            dropout, init, use_rslora, generator) for name in names})
+    ranks = {name: value(rank_pattern, name, rank) for name in names}
+    for name, its in ranks.items():  # here alone: a file may hold more, peft and stacks do
+        largest = min(linears[name].in_features, linears[name].out_features)
+        if type(its) is not int or not 1 <= its <= largest:
+            raise ValueError(f"{name}: LoRA rank must be 1 to min(in, out) = {largest}, got {its!r}")
+    _install(model, {name: (ranks[name], value(alpha_pattern, name, alpha), dropout, init,
+                            use_rslora, generator) for name in names})
     return names
 
 
-def _linears(model):
+def plain_linears(model) -> dict[str, nn.Linear]:
+    """{name: layer} that LoRA could wrap, in module order. Raises: ValueError if LoRA is there."""
     if layers := lora_layers(model):
         raise ValueError(f"the model holds {len(layers)} LoRA layers: remove_lora(model) first")
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
@@ -144,16 +150,15 @@ def _ends(name, end):
 def _install(model, arguments):
     """Wrap {name: LoRALinear's arguments}; checked first, so that a refusal leaves no trace."""
     for name, (rank, alpha, dropout, init, *_) in arguments.items():
-        _check(name, model.get_submodule(name), rank, alpha, dropout, init)
+        _check(name, rank, alpha, dropout, init)
     model.requires_grad_(False)
     for name, values in arguments.items():
         model.set_submodule(name, LoRALinear(model.get_submodule(name), *values))
 
 
-def _check(name, base, rank, alpha, dropout, init):
-    largest = min(base.in_features, base.out_features)
-    if type(rank) is not int or not 1 <= rank <= largest:
-        raise ValueError(f"{name}: LoRA rank must be 1 to min(in, out) = {largest}, got {rank!r}")
+def _check(name, rank, alpha, dropout, init):
+    if type(rank) is not int or rank < 1:
+        raise ValueError(f"{name}: LoRA rank must be an integer from 1, got {rank!r}")
     if not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:
         raise ValueError(f"{name}: LoRA alpha must be finite and above 0, got {alpha!r}")
     if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
@@ -246,15 +251,17 @@ def lora_state_dict(model) -> dict[str, torch.Tensor]:
 def load_lora_state_dict(model, state, source="LoRA state") -> None:
     """Copy what lora_state_dict gave. Raises: ValueError, with nothing copied, if it misfits."""
     layers = _layers(model, unmerged_for="loading weights")
-    _check_state(state, {name: (layer.base, layer.rank) for name, layer in layers.items()}, source)
+    check_state(state, {name: (layer.base.in_features, layer.base.out_features, layer.rank)
+                        for name, layer in layers.items()}, source)
     for name, layer in layers.items():
         layer.lora_A.copy_(state[f"{name}.lora_A.weight"])
         layer.lora_B.copy_(state[f"{name}.lora_B.weight"])
 
 
-def _check_state(state, expected, source):
-    shapes = {f"{name}.lora_{part}.weight": shape for name, (base, rank) in expected.items()
-              for part, shape in zip("AB", ((rank, base.in_features), (base.out_features, rank)))}
+def check_state(state, expected, source) -> None:
+    """Raises: ValueError unless `state` is a finite A, B of each {layer: (in, out, rank)} alone."""
+    shapes = {f"{name}.lora_{part}.weight": shape for name, (ins, outs, rank) in expected.items()
+              for part, shape in zip("AB", ((rank, ins), (outs, rank)))}
     if wrong := sorted(state.keys() ^ shapes.keys()):
         raise ValueError(f"{source}: {'missing' if wrong[0] in shapes else 'unexpected'} LoRA key "
                          f"{wrong[0]!r}, {len(wrong)} such keys; it was made for other layers")
@@ -275,24 +282,15 @@ def save_lora(model, path, metadata: dict[str, str] | None = None) -> None:
     save_tensors(path, tensors, {**(metadata or {}), "lora_config": json.dumps(config)})
 
 
-def load_lora(model, path, scale=1.0, expected_base_hash=None) -> dict[str, str]:
-    """Wrap the layers of a plain `model` that a file of save_lora names; → its header metadata.
+def install_lora(model, layers, state, source="LoRA", scale=1.0) -> None:
+    """Wrap the layers of a plain `model` that `layers` {name: SETTINGS} names, with `state`'s A, B.
 
-    expected_base_hash: what the header's `base_hash` must equal (None: not compared). Raises:
-    ValueError, with the model untouched, if the file is no such file or does not fit the model.
+    Raises: ValueError, with the model untouched, if it holds LoRA or any layer or tensor misfits.
     """
-    linears, (tensors, metadata) = _linears(model), read_tensors(path)
-    if expected_base_hash not in (None, metadata.get("base_hash")):
-        raise ValueError(f"{path}: LoRA of base {metadata.get('base_hash', '(not named)')}, the "
-                         f"loaded base is {expected_base_hash}; load the base it was trained on")
-    try:
-        specs = {name: [layer[key] for key in SETTINGS]
-                 for name, layer in json.loads(metadata["lora_config"]).items() if name in linears}
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise ValueError(f"{path}: no readable lora_config in its header: unknown alpha") from None
-    expected = {PEFT_PREFIX + name: (linears[name], spec[0]) for name, spec in specs.items()}
-    _check_state(tensors, expected, path)
-    _install(model, {name: (*three, "kaiming", rs) for name, (*three, rs) in specs.items()})
-    load_lora_state_dict(model, {key.removeprefix(PEFT_PREFIX): t for key, t in tensors.items()})
+    linears = plain_linears(model)
+    known = {name: [its[key] for key in SETTINGS] for name, its in layers.items() if name in linears}
+    check_state(state, {name: (linears[name].in_features, linears[name].out_features, its[0])
+                        for name, its in known.items()}, source)
+    _install(model, {name: (*three, "kaiming", rs) for name, (*three, rs) in known.items()})
+    load_lora_state_dict(model, state, source)
     set_lora_scale(model, scale)
-    return metadata

@@ -15,7 +15,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from pixcell_min.data import tensor_to_image
-from pixcell_min.lora import load_lora, lora_layers, merge_lora, set_lora_scale, unmerge_lora
+from pixcell_min.formats import load_loras
+from pixcell_min.lora import lora_layers, merge_lora, set_lora_scale, unmerge_lora
 from pixcell_min.precision import autocast
 from pixcell_min.schedulers import NoiseSchedule, build_scheduler
 
@@ -90,15 +91,19 @@ class PixCellPipeline:
             self.__dict__.pop(name, None)  # where cached_property keeps it
 
     def load_lora_weights(self, path, scale=1.0, fuse=False) -> dict[str, str]:
-        """Wrap the base with a LoRA file, if `fuse` merged into the weights; → the file's header.
+        """Wrap the base with a LoRA file or folder of any format of `formats.py`; → its header.
 
-        Raises: ValueError if the file is broken or was made for another base, or a LoRA is loaded
-        already.
+        fuse: merge it into the weights. Raises: ValueError if it is broken or was made for another
+        base, or a LoRA is loaded already; one that names no `base_hash` is accepted.
         """
-        header = load_lora(self.transformer, path, scale, expected_base_hash=self.base_hash)
+        return self.combine_lora_weights([(path, 1.0)], scale, fuse)[0]
+
+    def combine_lora_weights(self, files, scale=1.0, fuse=False) -> list[dict[str, str]]:
+        """The same of the weighted sum of several, [(path, weight)]; → each file's header."""
+        headers = load_loras(self.transformer, files, scale, expected_base_hash=self.base_hash)
         if fuse:
             self.fuse_lora()
-        return header
+        return headers
 
     def set_lora_scale(self, scale: float) -> None:
         """Weight of the update: 1 as trained, 0 the base. Raises: ValueError if absent or fused."""

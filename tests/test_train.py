@@ -26,8 +26,9 @@ from pixcell_min.checkpoint import read_tensors, save_tensors
 from pixcell_min.config import Config, read_yaml
 from pixcell_min.data import find_tiles, fit_tile, read_tile
 from pixcell_min.features import DIHEDRAL, ENCODE_BATCH, Features, encode_images
+from pixcell_min.formats import load_lora
 from pixcell_min.images import read_settings
-from pixcell_min.lora import inject_lora, load_lora, lora_layers, lora_parameters
+from pixcell_min.lora import inject_lora, lora_layers, lora_parameters
 from pixcell_min.schedulers import NoiseSchedule
 from pixcell_min.tools.synthetic import PROCEDURAL_SEED, second_laboratory
 from pixcell_min.training import (build_optimizer, build_scaler, diffusion_loss, optimizer_step,
