@@ -2,16 +2,21 @@
 
 A base folder is laid out like a PixCell snapshot: `transformer/ vae/ scheduler/`, and `uni/` for
 the encoder. A real snapshot brings only `vae/config.json` and no encoder; their weights are then
-looked for beside it, in `sd3-vae/` (or `sd3-vae/vae/`) and `uni2-h/`.
+looked for beside it, in `sd3-vae/` (or `sd3-vae/vae/`) and `uni2-h/`, then under the repository's
+`weights/`, then in the hub's cache. Nothing is ever fetched from here.
 """
 
 import os
 from functools import lru_cache, partial
 from pathlib import Path
 
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+
 from pixcell_min.checkpoint import file_hash, read_json
 from pixcell_min.pipeline import PixCellPipeline
 from pixcell_min.precision import choose_device, choose_dtype
+from pixcell_min.released import RELEASES, VAE_FILE, how_to_get, release_of
 from pixcell_min.schedulers import NoiseSchedule
 from pixcell_min.transformer import WEIGHTS_NAME as TRANSFORMER_WEIGHTS
 from pixcell_min.transformer import PixCellTransformer
@@ -26,37 +31,68 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 def find_base(path=None) -> Path:
     """The base folder: `path`, else $PIXCELL_BASE, else the embedded one.
 
-    A relative path counts from here, then from the repository. Raises: ValueError if there is no
-    such folder or it holds no `transformer/`.
+    `path` is a folder (a relative one counts from here, then from the repository), or what
+    huggingface_hub has in its cache: a name (`owner/name`) or a folder `models--owner--name`, whose
+    main revision is taken. Raises: ValueError if there is none with a `transformer/` on this disk.
     """
     path = Path(path or os.environ.get("PIXCELL_BASE") or NANO)
-    for folder in (path, REPOSITORY / path):
+    for folder in (path, REPOSITORY / path, *_snapshot(path)):
         if (folder / "transformer").is_dir():
             return folder.absolute()  # the encoder is loaded later, perhaps from another folder
-    raise ValueError(f"{path}: no base model; expected a folder with transformer/ vae/ scheduler/ "
-                     "(see README: weights)")
+    name = release_of(path)
+    raise ValueError(f"{path}: no base model; expected a folder with transformer/ vae/ scheduler/ or "
+                     f"a name in the hub's cache (see README: weights)"
+                     + (f"; run {how_to_get(name)}" if name else ""))
+
+
+def _snapshot(path):
+    """[the cached snapshot that `path` names], or []."""
+    if path.name.startswith("models--"):
+        repository, cache = path.name.removeprefix("models--").replace("--", "/", 1), path.parent
+    else:
+        repository, cache = path.as_posix(), None
+    return [folder.parent for folder in _cached(repository, "transformer/config.json", cache)]
+
+
+def _cached(repository, file, cache=None):
+    """[folder of a file in the hub's cache (None: huggingface_hub's own)], or []; asks nobody."""
+    try:
+        found = try_to_load_from_cache(repository, file, cache_dir=cache)
+    except HFValidationError:  # an ordinary path, no name on the hub
+        return []
+    return [Path(found).parent] if isinstance(found, str) else []
+
+
+def _cache_of(base):
+    """The hub cache in which a base lies; None: it lies elsewhere."""
+    inside = len(base.parents) > 2 and base.parents[1].name.startswith("models--")
+    return base.parents[2] if inside else None
 
 
 def encoder_folder(base: Path) -> Path:
     """Folder of the tile encoder of `base`. Raises: ValueError naming where it was looked for."""
-    return _first(
-        base, (base / "uni", base.parent / "uni2-h"), "config.json", "tile encoder (UNI2-h)")
+    folders = (base / "uni", base.parent / "uni2-h", REPOSITORY / "weights" / "uni2-h",
+               *_cached(RELEASES["uni2-h"].repository, "config.json", _cache_of(base)))
+    return _first(base, folders, "config.json", "tile encoder (UNI2-h)", "uni2-h")
 
 
 def vae_weights(base, advice: str = "") -> Path:
     """File of the VAE weights of `base`. Raises: ValueError naming where it was looked for."""
     base = find_base(base)
-    beside = base.parent / "sd3-vae"
-    folders = (base / "vae", beside, beside / "vae")
-    return _first(base, folders, VAE_WEIGHTS, "VAE weights", advice) / VAE_WEIGHTS
+    beside = [folder / part for folder in (base.parent, REPOSITORY / "weights")
+              for part in ("sd3-vae", "sd3-vae/vae")]
+    folders = (base / "vae", *beside,
+               *_cached(RELEASES["sd3-vae"].repository, VAE_FILE, _cache_of(base)))
+    return _first(base, folders, VAE_WEIGHTS, "VAE weights", "sd3-vae", advice) / VAE_WEIGHTS
 
 
-def _first(base, folders, name, what, advice=""):
+def _first(base, folders, name, what, release, advice=""):
     for folder in folders:
         if (folder / name).is_file():
             return folder
-    looked = ", ".join(str(folder / name) for folder in folders)
-    raise ValueError(f"{base}: no {what}; looked for {looked} (see README: weights){advice}")
+    looked = ", ".join(dict.fromkeys(str(folder / name) for folder in folders))
+    raise ValueError(f"{base}: no {what}; looked for {looked} (see README: weights); "
+                     f"run {how_to_get(release)}{advice}")
 
 
 def load_pixcell_base(path=None, device="auto", mixed_precision="auto") -> PixCellPipeline:

@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 from conftest import write_base
+from huggingface_hub import constants
 from PIL import Image
 
 import pixcell_min
@@ -15,6 +16,13 @@ from pixcell_min.base import (
 )
 from pixcell_min.checkpoint import file_hash
 from pixcell_min.transformer import WEIGHTS_NAME
+
+
+@pytest.fixture(autouse=True)
+def nothing_downloaded(tmp_path, monkeypatch):
+    """What this machine has of real weights is no part of these tests."""
+    monkeypatch.setattr(module, "REPOSITORY", tmp_path / "no-repository")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "no-cache"))
 
 
 @pytest.fixture
