@@ -14,7 +14,7 @@ from pixcell_min.pipeline import PixCellPipeline
 from pixcell_min.precision import choose_device, choose_dtype
 from pixcell_min.schedulers import NoiseSchedule
 from pixcell_min.transformer import WEIGHTS_NAME as TRANSFORMER_WEIGHTS
-from pixcell_min.transformer import PixCellTransformer
+from pixcell_min.transformer import PixCellTransformer, TransformerConfig
 from pixcell_min.uni import WEIGHT_NAMES, TileEncoder
 from pixcell_min.vae import WEIGHTS_NAME as VAE_WEIGHTS
 from pixcell_min.vae import AutoencoderKL, VAEConfig
@@ -90,19 +90,32 @@ def read_vae_config(base=None) -> VAEConfig:
 
 
 def load_encoder(base=None, device="auto") -> TileEncoder:
-    """The frozen tile encoder of a base folder, float32. Raises: ValueError: missing or broken."""
+    """The frozen tile encoder of a base folder, float32, giving as many tokens as the base takes.
+
+    Raises: ValueError: missing or broken.
+    """
+    base = find_base(base)
     return TileEncoder.from_pretrained(
-        encoder_folder(find_base(base))).to(choose_device(str(device)))
+        encoder_folder(base), tokens=_num_tokens(base)).to(choose_device(str(device)))
+
+
+def _num_tokens(base):
+    path = base / "transformer" / "config.json"
+    return TransformerConfig.from_dict(read_json(path), path).caption_num_tokens
 
 
 def features_hash(base) -> str:
-    """What latents and embeddings depend on: hashes of the VAE's and encoder's files, joined."""
+    """What latents and embeddings depend on: hashes of the VAE's and encoder's files, S if above 1.
+
+    Two bases may share both files and yet cut tiles into other crops. Raises: ValueError.
+    """
     base = find_base(base)
     folder = encoder_folder(base)
     weights = next((folder / name for name in WEIGHT_NAMES if (folder / name).is_file()),
                    folder / WEIGHT_NAMES[0])
-    return "-".join(file_hash(path) for path in (vae_weights(base), base / "vae" / "config.json",
-                                                 weights, folder / "config.json"))
+    paths = vae_weights(base), base / "vae" / "config.json", weights, folder / "config.json"
+    tokens = _num_tokens(base)
+    return "-".join([*map(file_hash, paths), *([f"{tokens}tokens"] if tokens > 1 else [])])
 
 
 @lru_cache(maxsize=1)
