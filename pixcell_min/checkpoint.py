@@ -1,9 +1,9 @@
 """Files in, files out: strict reading of weights, atomic writing of everything.
 
-Reads `config.json`, `.safetensors` (memory-mapped) and `.bin/.pth/.pt` (`weights_only=True`:
-tensors, never code); fills a module only when every name and shape agrees; writes a file whole or
-not at all. Knows no network by name. It is the one module that the leaf modules import: three
-loaders and two savers share one strict reader.
+Reads `config.json`, `.safetensors` and `.bin/.pth/.pt` (`weights_only=True`: tensors, never code),
+memory-mapped; fills a module only when every name and shape agrees; writes a file whole or
+not at all. Knows no network by name. It and `loading`, which stands on it, are all that the
+leaf modules import: three loaders and two savers share one strict reader.
 """
 
 import difflib
@@ -14,6 +14,7 @@ import pickle
 import struct
 import tempfile
 import warnings
+import zipfile
 from pathlib import Path
 
 import torch
@@ -83,15 +84,15 @@ def _read_safetensors(path):
             f"{path}: truncated or not a safetensors file ({error}); copy it again") from None
 
 
-def _load_weights_only(path):
+def _load_weights_only(path, mmap=False):
     with warnings.catch_warnings():  # torch remarks on foreign pickles; the error says it in a line
         warnings.simplefilter("ignore", UserWarning)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, mmap=mmap, map_location="cpu", weights_only=True)
 
 
 def _read_pickle(path):
     try:
-        content = _load_weights_only(path)
+        content = _load_weights_only(path, mmap=zipfile.is_zipfile(path))  # older ones cannot
     except BROKEN_PICKLE as error:
         # torch's own text, of many lines, suggests weights_only=False: never repeat that advice.
         cause = ("pickled code" if "Unsupported" in str(error) or "weights_only" in str(error)

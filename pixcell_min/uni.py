@@ -18,7 +18,8 @@ from PIL import Image
 from timm.layers import SwiGLUPacked
 from torch import nn
 
-from pixcell_min.checkpoint import load_strict, read_json, read_tensors
+from pixcell_min.checkpoint import read_json
+from pixcell_min.loading import load_weights
 
 ARCHITECTURE = "vit_giant_patch14_224"
 UNI2H_ARGS = {"img_size": 224, "patch_size": 14, "depth": 24, "num_heads": 24, "embed_dim": 1536,
@@ -67,9 +68,10 @@ class TileEncoder(nn.Module):
         if path is None:
             raise ValueError(
                 f"{folder}: no {' or '.join(WEIGHT_NAMES)}; put the encoder's weights there")
-        tensors, _ = read_tensors(path)
-        encoder = cls(config.get("model_args"), *_normalisation(config, folder), tokens).to(dtype)
-        load_strict(encoder.vit, tensors, path)
+        with torch.device("meta"):
+            encoder = cls(
+                config.get("model_args"), *_normalisation(config, folder), tokens).to(dtype)
+        load_weights(encoder.vit, path)
         return encoder.requires_grad_(False).eval()
 
     def forward(self, images):
