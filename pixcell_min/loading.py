@@ -11,17 +11,17 @@ GROUP_BYTES = 2**28  # of the file, mapped at a time while it is converted
 
 
 def load_weights(module, path) -> None:
-    """Give `module`, built on the meta device, the tensors of a file in its parameters' dtype.
+    """Give `module`, built on the meta device, the tensors of a file, each in its place's dtype.
 
     Raises: ValueError as `read_tensors` and `load_strict` say.
     """
     tensors, _ = read_tensors(path)
-    dtype = next(module.parameters()).dtype
-    others = [name for name, tensor in tensors.items()
-              if tensor.is_floating_point() and tensor.dtype != dtype]
+    wanted = {name: place.dtype for name, place in module.state_dict().items()}
+    others = [name for name, tensor in tensors.items() if tensor.is_floating_point()
+              and tensor.dtype != wanted.get(name, tensor.dtype)]
     for group in groups(others, [tensors[name].nbytes for name in others], GROUP_BYTES):
         mapped, _ = read_tensors(path)  # anew: what was read counts as used until it is unmapped
-        tensors |= {name: mapped[name].to(dtype) for name in group}
+        tensors |= {name: mapped[name].to(wanted[name]) for name in group}
         del mapped
     load_strict(module, tensors, path)
 

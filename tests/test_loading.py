@@ -70,6 +70,16 @@ def test_every_tensor_arrives_in_the_networks_dtype(file, dtype, group_bytes, mo
         assert torch.equal(state[name], tensor.to(dtype)), name
 
 
+def test_dtypes_may_differ_within_a_network(file):
+    path, expected = file
+    module = small(torch.float32)
+    module.linears[1].to(torch.bfloat16)
+    load_weights(module, path)
+    for name, tensor in module.state_dict().items():
+        dtype = torch.bfloat16 if "linears.1" in name else torch.float32
+        assert tensor.dtype == dtype and torch.equal(tensor, expected[name].to(dtype))
+
+
 def test_weights_can_be_written_to_and_the_file_stays(file):
     path, expected = file
     before, module = file_hash(path), small(torch.float32)
