@@ -5,7 +5,8 @@
 
 writes OUT/pixcell-256 (or -1024), OUT/sd3-vae and OUT/uni2-h, laid out as `weights/README.md` says:
 5.5 GB in float32, names, shapes and file formats as released. What they draw is noise. One tensor
-at a time is in memory; files appear whole. Weights that are there already are kept, with a note.
+at a time is drawn and written; files appear whole. Weights that are there already are kept, with a
+note.
 """
 
 import argparse
