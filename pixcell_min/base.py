@@ -19,7 +19,7 @@ from pixcell_min.precision import choose_device, choose_dtype
 from pixcell_min.released import RELEASES, VAE_FILE, how_to_get, release_of
 from pixcell_min.schedulers import NoiseSchedule
 from pixcell_min.transformer import WEIGHTS_NAME as TRANSFORMER_WEIGHTS
-from pixcell_min.transformer import PixCellTransformer
+from pixcell_min.transformer import PixCellTransformer, TransformerConfig
 from pixcell_min.uni import WEIGHT_NAMES, TileEncoder
 from pixcell_min.vae import WEIGHTS_NAME as VAE_WEIGHTS
 from pixcell_min.vae import AutoencoderKL, VAEConfig
@@ -126,9 +126,18 @@ def read_vae_config(base=None) -> VAEConfig:
 
 
 def load_encoder(base=None, device="auto") -> TileEncoder:
-    """The frozen tile encoder of a base folder, float32. Raises: ValueError: missing or broken."""
+    """The frozen tile encoder of a base folder, float32, giving as many tokens as the base takes.
+
+    Raises: ValueError: missing or broken.
+    """
+    base = find_base(base)
     return TileEncoder.from_pretrained(
-        encoder_folder(find_base(base))).to(choose_device(str(device)))
+        encoder_folder(base), tokens=_num_tokens(base)).to(choose_device(str(device)))
+
+
+def _num_tokens(base):
+    path = base / "transformer" / "config.json"
+    return TransformerConfig.from_dict(read_json(path), path).caption_num_tokens
 
 
 def feature_files(base) -> list[Path]:
@@ -141,8 +150,12 @@ def feature_files(base) -> list[Path]:
 
 
 def features_hash(base) -> str:
-    """Hashes of `feature_files`, joined."""
-    return "-".join(file_hash(path) for path in feature_files(base))
+    """Hashes of `feature_files`, joined, and S if above 1.
+
+    Two bases may share the files and yet cut tiles into other crops. Raises: ValueError.
+    """
+    tokens = _num_tokens(find_base(base))
+    return "-".join([*map(file_hash, feature_files(base)), *([f"{tokens}tokens"] if tokens > 1 else [])])
 
 
 @lru_cache(maxsize=1)

@@ -1,9 +1,9 @@
 """Files in, files out: strict reading of weights, atomic writing of everything.
 
-Reads `config.json`, `.safetensors` (memory-mapped) and `.bin/.pth/.pt` (`weights_only=True`:
-tensors, never code); fills a module only when every name and shape agrees; writes a file whole or
-not at all. Knows no network by name. It is the one module that the leaf modules import: three
-loaders and two savers share one strict reader.
+Reads `config.json`, `.safetensors` and `.bin/.pth/.pt` (`weights_only=True`: tensors, never code),
+memory-mapped; fills a module only when every name and shape agrees; writes a file whole or
+not at all. Knows no network by name. It and `loading`, which stands on it, are all that the
+leaf modules import: three loaders and two savers share one strict reader.
 """
 
 import difflib
@@ -159,9 +159,9 @@ def save_tensors(path, tensors: dict[str, torch.Tensor],
         def write(temporary):
             save_file(plain, temporary, metadata={"format": "pt", **(metadata or {})})
             _sort_header(temporary)
-        _replace(path, write)
+        replace_file(path, write)
     elif path.suffix in PICKLE_SUFFIXES:
-        _replace(path, lambda temporary: torch.save(plain, temporary))
+        replace_file(path, lambda temporary: torch.save(plain, temporary))
     else:
         raise ValueError(f"{path}: unknown ending {path.suffix!r}; expected .safetensors or .pth")
 
@@ -179,7 +179,7 @@ def _sort_header(path):
 
 def save_object(path, content) -> None:
     """Write nested dicts, lists, numbers, tensors (a run's state) atomically with `torch.save`."""
-    _replace(Path(path), lambda temporary: torch.save(content, temporary))
+    replace_file(Path(path), lambda temporary: torch.save(content, temporary))
 
 
 def load_object(path) -> dict:
@@ -279,7 +279,7 @@ def content_hash(content) -> str:
 
 def write_bytes(path, content: bytes) -> None:
     """Write a file atomically. Raises: ValueError if it cannot be written."""
-    _replace(Path(path), lambda temporary: Path(temporary).write_bytes(content))
+    replace_file(Path(path), lambda temporary: Path(temporary).write_bytes(content))
 
 
 def write_text(path, text: str) -> None:
@@ -287,8 +287,8 @@ def write_text(path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def _replace(path: Path, write) -> None:
-    """Call `write(temporary)` beside `path`, flush, rename: readers see old or new, never half."""
+def replace_file(path: Path, write) -> None:
+    """Call `write(temporary)`, flush, rename: readers see old or new. Raises: ValueError: cannot."""
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

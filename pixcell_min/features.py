@@ -27,6 +27,7 @@ from pixcell_min.data import Tile, image_to_tensor, load_tiles
 DIHEDRAL = (None, *Image.Transpose)  # the identity and Pillow's 7 turns and mirrorings
 CACHE_VERSION = 2  # raise it whenever the same input would give other features
 ENCODE_BATCH = 4  # images a call; networks may round differently in another: see CACHE_VERSION
+ONE_BY_ONE_ABOVE = 512  # px: whole, as PixCell-1024's were; four at once would take the VAE 13 GB
 SHARD_BYTES = 2**24  # a shard is written when it holds so much: what a kill can lose
 ATTEMPTS = 3  # at tiles that others rewrite while they are encoded
 LEFT_OVER = 3600.0  # seconds: an unfinished file of this age is no other run's, but a killed one's
@@ -102,7 +103,9 @@ def encode_images(images, vae, encoder, device="cpu"):
     `encoder(images) -> (B, S, E)`. Raises: ValueError if a result is not finite.
     """
     pixels = torch.stack([image_to_tensor(image) for image in images])
-    mean, logvar = vae.encode(pixels.to(device))
+    at_once = 1 if max(pixels.shape[2:]) > ONE_BY_ONE_ABOVE else len(pixels)
+    moments = [vae.encode(part.to(device)) for part in pixels.split(at_once)]
+    mean, logvar = (torch.cat(parts) for parts in zip(*moments))
     outputs = mean, (0.5 * logvar.float()).exp(), encoder(images)
     if not all(output.isfinite().all() for output in outputs):
         raise ValueError("latents or embeddings are not finite; check the base's weights")

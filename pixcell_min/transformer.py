@@ -19,7 +19,8 @@ from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from pixcell_min.checkpoint import load_strict, read_json, read_tensors
+from pixcell_min.checkpoint import read_json
+from pixcell_min.loading import load_weights
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 TIMESTEP_CHANNELS = 256  # width of the sinusoid that enters the timestep MLP
@@ -272,10 +273,9 @@ class PixCellTransformer(nn.Module):
         folder = Path(folder)
         config = TransformerConfig.from_dict(
             read_json(folder / "config.json"), folder / "config.json")
-        tensors, _ = read_tensors(folder / WEIGHTS_NAME)
         with torch.device("meta"):  # no random start is computed for weights that are overwritten
             model = cls(config).to(dtype)
-        load_strict(model, tensors, folder / WEIGHTS_NAME)
+        load_weights(model, folder / WEIGHTS_NAME)
         return model.eval()
 
     @property

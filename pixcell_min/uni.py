@@ -1,11 +1,12 @@
 """UNI2-h, the frozen tile encoder: a timm vision transformer, tiles → tokens (B, S, E).
 
-Includes its preprocessing. The same code builds the small encoder of the embedded base, whose
+Each token speaks of one crop of a √S×√S grid; S is the base's. Includes its preprocessing. The same code builds the small encoder of the embedded base, whose
 `config.json` carries `model_args`. For the real UNI2-h these arguments are not in the file (timm
 does not fill them in from the hub), so they stand here.
 Source: Chen et al. 2024 (UNI); the architecture is timm's `vit_giant_patch14_224`.
 """
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -17,26 +18,28 @@ from PIL import Image
 from timm.layers import SwiGLUPacked
 from torch import nn
 
-from pixcell_min.checkpoint import load_strict, read_json, read_tensors
+from pixcell_min.checkpoint import read_json
+from pixcell_min.loading import load_weights
 
 ARCHITECTURE = "vit_giant_patch14_224"
 UNI2H_ARGS = {"img_size": 224, "patch_size": 14, "depth": 24, "num_heads": 24, "embed_dim": 1536,
               "init_values": 1e-5, "mlp_ratio": 2.66667 * 2, "reg_tokens": 8}
 WEIGHT_NAMES = ("model.safetensors", "pytorch_model.bin")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-CROP = 256  # px: one condition token speaks of one crop of this side, at 0.5 µm/px
-MULTI_CROP_SIDE = 1024  # px: the tile of PixCell-1024, a 4×4 grid of crops
 
 
 class TileEncoder(nn.Module):
     """Preprocessing and vision transformer; frozen, evaluation mode, any number of tiles a call."""
 
-    def __init__(self, model_args=None, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+    def __init__(self, model_args=None, mean=IMAGENET_MEAN, std=IMAGENET_STD, tokens=1):
         """`model_args`: sizes that differ from UNI2H_ARGS; other keys of timm's are not read.
 
-        Raises: ValueError for arguments timm refuses.
+        tokens: S, 1 for PixCell-256, 16 for PixCell-1024. Raises: ValueError if it is no square
+        number, or for arguments timm refuses.
         """
         super().__init__()
+        if tokens < 1 or math.isqrt(tokens) ** 2 != tokens:
+            raise ValueError(f"tokens of a tile must be a square number, got {tokens}")
         if not isinstance(model_args or {}, dict):
             raise ValueError(f"model_args must be a table of arguments, got {model_args!r}")
         # Keys beyond ours say nothing new: a network they would change has other tensors.
@@ -48,10 +51,10 @@ class TileEncoder(nn.Module):
         except (AssertionError, ArithmeticError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"model_args {args!r}: timm refuses them ({error})") from None
         self.input_size, self.embedding_dim = args["img_size"], args["embed_dim"]
-        self.mean, self.std = tuple(mean), tuple(std)
+        self.mean, self.std, self.tokens = tuple(mean), tuple(std), tokens
 
     @classmethod
-    def from_pretrained(cls, folder, dtype=torch.float32):
+    def from_pretrained(cls, folder, dtype=torch.float32, tokens=1):
         """Read `config.json` and `model.safetensors` or `pytorch_model.bin`, strictly, and freeze.
 
         Raises: ValueError if a file is missing, is not this network, or holds anything but tensors.
@@ -65,23 +68,20 @@ class TileEncoder(nn.Module):
         if path is None:
             raise ValueError(
                 f"{folder}: no {' or '.join(WEIGHT_NAMES)}; put the encoder's weights there")
-        tensors, _ = read_tensors(path)
-        encoder = cls(config.get("model_args"), *_normalisation(config, folder)).to(dtype)
-        load_strict(encoder.vit, tensors, path)
+        with torch.device("meta"):
+            encoder = cls(
+                config.get("model_args"), *_normalisation(config, folder), tokens).to(dtype)
+        load_weights(encoder.vit, path)
         return encoder.requires_grad_(False).eval()
 
     def forward(self, images):
         """PIL image(s), or float tensor (3, H, W), (B, 3, H, W) in [0, 1] → embeddings (B, S, E).
 
-        In the weights' dtype; differentiable for tensors. S is 16, crops in row order, for
-        1024×1024 tiles, else 1 (the whole tile, resized to the input size).
-        Raises: ValueError for other inputs or tiles of mixed crop counts.
+        In the weights' dtype; differentiable for tensors. Crops in row order, each resized to the
+        input size. Raises: ValueError for other inputs.
         """
         weight = self.vit.patch_embed.proj.weight
         crops = [self._crops(image) for image in self._as_list(images)]    # each (S, 3, size, size)
-        if len({len(c) for c in crops}) != 1:
-            raise ValueError("tiles of 1024×1024 and of other sizes cannot share one call: "
-                             "they differ in tokens")
         pixels = torch.cat(crops).to(weight.device, weight.dtype)          # (B·S, 3, size, size)
         mean, std = (pixels.new_tensor(v)[:, None, None] for v in (self.mean, self.std))
         return rearrange(self.vit((pixels - mean) / std), "(b s) e -> b s e", b=len(crops))
@@ -110,13 +110,13 @@ class TileEncoder(nn.Module):
         size = self.input_size
         if isinstance(image, Image.Image):
             image = image.convert("RGB")
-            boxes = crop_boxes(*image.size)
+            boxes = crop_boxes(*image.size, self.tokens)
             # Cut, then resized: `resize(box=…)` would blend in pixels from beyond the crop.
             crops = [np.asarray(image.crop(box).resize((size, size), Image.Resampling.BILINEAR))
                      for box in boxes]
             return rearrange(torch.from_numpy(np.stack(crops)), "s h w c -> s c h w").float() / 255
         parts = [image[:, top:bottom, left:right]
-                 for left, top, right, bottom in crop_boxes(image.shape[2], image.shape[1])]
+                 for left, top, right, bottom in crop_boxes(*image.shape[:0:-1], self.tokens)]
         return F.interpolate(
             torch.stack(parts).float(), (size, size), mode="bilinear", antialias=True)
 
@@ -134,11 +134,16 @@ def _normalisation(config, folder):
     return values
 
 
-def crop_boxes(width, height):
-    """(left, top, right, bottom) of crops: a 4×4 grid for 1024×1024, else the centred square."""
-    if (width, height) == (MULTI_CROP_SIDE, MULTI_CROP_SIDE):
-        starts = range(0, MULTI_CROP_SIDE, CROP)
-        return [(left, top, left + CROP, top + CROP) for top in starts for left in starts]
-    side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
-    return [(left, top, left + side, top + side)]
+def crop_boxes(width, height, tokens):
+    """(left, top, right, bottom) of `tokens` equal square crops that fill the centred square.
+
+    A √S×√S grid in row order: 256 px each of a tile of 1024 px with 16 tokens. Up to √S − 1 pixels
+    at the square's edges are left out. Raises: ValueError if crops would be smaller than a pixel.
+    """
+    count = math.isqrt(tokens)
+    side = min(width, height) // count
+    if not side:
+        raise ValueError(f"a tile of {width}×{height} px is too small for {count}×{count} crops")
+    left, top = (width - count * side) // 2, (height - count * side) // 2
+    return [(x, y, x + side, y + side) for y in range(top, top + count * side, side)
+            for x in range(left, left + count * side, side)]

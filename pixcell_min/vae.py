@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from pixcell_min.checkpoint import load_strict, read_json, read_tensors
+from pixcell_min.checkpoint import read_json
+from pixcell_min.loading import load_weights
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 NORM_EPS = 1e-6
@@ -208,10 +209,9 @@ class AutoencoderKL(nn.Module):
         folder = Path(folder)
         config = VAEConfig.from_dict(read_json(folder / "config.json"), folder / "config.json")
         path = Path(weights) if weights else folder / WEIGHTS_NAME
-        tensors, _ = read_tensors(path)
         with torch.device("meta"):
             model = cls(config).to(dtype)
-        load_strict(model, tensors, path)
+        load_weights(model, path)
         return model.eval()
 
     def encode(self, pixels):

@@ -44,14 +44,18 @@ torch.set_num_threads(
     min(torch.get_num_threads(), int(os.environ.get("PIXCELL_TEST_THREADS", "2"))))
 
 
-def write_base(folder: Path, seed: int = 0) -> Path:
-    """A 64-px base of random weights, a few thousand parameters, laid out as a PixCell snapshot."""
+def write_base(folder: Path, seed: int = 0, **changes) -> Path:
+    """A 64-px base of random weights, a few thousand parameters, laid out as a PixCell snapshot.
+
+    changes: of the transformer's config.
+    """
     torch.manual_seed(seed)
-    transformer = PixCellTransformer(TransformerConfig.from_dict(TINY_TRANSFORMER))
+    config = {**TINY_TRANSFORMER, **changes}
+    transformer = PixCellTransformer(TransformerConfig.from_dict(config))
     vae = AutoencoderKL(VAEConfig.from_dict(TINY_VAE))
     encoder = TileEncoder(TINY_ENCODER)
     parts = {
-        "transformer": (TINY_TRANSFORMER, transformer, "diffusion_pytorch_model.safetensors"),
+        "transformer": (config, transformer, "diffusion_pytorch_model.safetensors"),
         "vae": (TINY_VAE, vae, "diffusion_pytorch_model.safetensors"),
         "uni": ({"architecture": "vit_giant_patch14_224", "model_args": TINY_ENCODER}, encoder.vit,
                 "model.safetensors"),

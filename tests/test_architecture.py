@@ -45,13 +45,14 @@ def ours(path):
 
 
 @pytest.mark.parametrize("name", LEAVES)
-def test_a_leaf_imports_no_other_module_of_ours_but_the_file_reader(name):
+def test_a_leaf_imports_no_other_module_of_ours_but_the_file_readers(name):
     path = PACKAGE / f"{name}.py"
-    assert ours(path) <= {"pixcell_min.checkpoint"}
+    assert ours(path) <= {"pixcell_min.checkpoint", "pixcell_min.loading"}
     assert packages(path) <= LEAF_PACKAGES | {"pixcell_min"}
 
 
-def test_the_file_reader_and_the_precision_know_none_of_ours():
+def test_the_file_readers_and_the_precision_know_no_network():
+    assert ours(PACKAGE / "loading.py") == {"pixcell_min.checkpoint"}
     assert packages(PACKAGE / "checkpoint.py") <= {"torch", "safetensors"}
     assert packages(PACKAGE / "precision.py") <= {"torch"}
 

@@ -172,7 +172,7 @@ def test_the_default_encoder_is_the_default_bases(tiny_base, tmp_path, monkeypat
     first = pixcell_min.uni2h_encoder(image)
     assert torch.equal(first, load_encoder(tiny_base)(image)) and first.shape == (1, 1, 16)
     loads = []
-    monkeypatch.setattr(module.TileEncoder, "from_pretrained", lambda folder: loads.append(folder))
+    monkeypatch.setattr(module.TileEncoder, "from_pretrained", lambda *given, **_: loads.append(given))
     both = pixcell_min.uni2h_encoder([image] * 2)
     torch.testing.assert_close(both, first.expand(2, -1, -1))  # another batch may round otherwise
     assert not loads  # it was loaded once

@@ -150,23 +150,27 @@ def test_one_or_many(encoder):
 
 
 @pytest.mark.parametrize("form", [lambda image: image, as_tensor])
-def test_sixteen_crops_in_row_order(encoder, form):
-    image = tile(size=(1024, 1024))
-    embeddings = encoder([form(image), form(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT))])
-    assert embeddings.shape == (2, 16, 16)
+@pytest.mark.parametrize("side", [1024, 128])
+def test_sixteen_crops_in_row_order(tiny_base, encoder, form, side):
+    many, crop = TileEncoder.from_pretrained(tiny_base / "uni", tokens=16), side // 4
+    image = tile(size=(side, side))
+    embeddings = many([form(image), form(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT))])
+    assert embeddings.shape == (2, 16, 16) and encoder(form(image)).shape == (1, 1, 16)
     for row in range(4):
         for column in range(4):
-            box = (256 * column, 256 * row, 256 * column + 256, 256 * row + 256)
+            box = (crop * column, crop * row, crop * column + crop, crop * row + crop)
             alone = encoder(form(image.crop(box)))
             close(embeddings[0, 4 * row + column], alone[0, 0])
     assert len(embeddings[0].unique(dim=0)) == 16
 
 
 def test_crop_boxes_by_hand():
-    boxes = crop_boxes(1024, 1024)
+    boxes = crop_boxes(1024, 1024, 16)
     assert len(boxes) == 16 and boxes[:2] == [(0, 0, 256, 256), (256, 0, 512, 256)]
     assert boxes[4] == (0, 256, 256, 512) and boxes[15] == (768, 768, 1024, 1024)
-    assert crop_boxes(1024, 1000) == [(12, 0, 1012, 1000)] and crop_boxes(5, 8) == [(0, 1, 5, 6)]
+    assert crop_boxes(1024, 1000, 1) == [(12, 0, 1012, 1000)]
+    assert crop_boxes(5, 8, 1) == [(0, 1, 5, 6)]
+    assert crop_boxes(5, 8, 4) == [(0, 2, 2, 4), (2, 2, 4, 4), (0, 4, 2, 6), (2, 4, 4, 6)]
 
 
 # Refusals
@@ -183,9 +187,21 @@ def test_other_inputs_are_refused(encoder, images, message):
         encoder(images)
 
 
-def test_tiles_with_other_token_counts_cannot_share_a_call(encoder):
-    with pytest.raises(ValueError, match="cannot share one call"):
-        encoder([torch.zeros(3, 1024, 1024), torch.zeros(3, 28, 28)])
+def test_tiles_of_any_size_share_a_call(tiny_base):
+    many = TileEncoder.from_pretrained(tiny_base / "uni", tokens=4)
+    assert many([torch.zeros(3, 1024, 1024), torch.zeros(3, 28, 30)]).shape == (2, 4, 16)
+
+
+@pytest.mark.parametrize("tokens", [0, 2, 15, -4])
+def test_crops_that_make_no_grid_are_refused(tokens):
+    with pytest.raises(ValueError, match=f"square number, got {tokens}"):
+        TileEncoder(TINY_ENCODER, tokens=tokens)
+
+
+def test_a_tile_of_fewer_pixels_than_crops_is_refused(tiny_base):
+    many = TileEncoder.from_pretrained(tiny_base / "uni", tokens=16)
+    with pytest.raises(ValueError, match="3×40 px is too small for 4×4 crops"):
+        many(torch.zeros(3, 40, 3))
 
 
 @pytest.mark.parametrize("args, message", [

@@ -1,0 +1,38 @@
+"""A large file of weights → a network, strictly: memory-mapped, converted piece by piece.
+
+A file in the network's own dtype is not copied: its pages are read when they are first used. Into
+another dtype the peak is the converted weights and GROUP_BYTES of the file, whatever its size.
+A file must not be written to in place while a network uses it; replacing it by renaming is safe.
+"""
+
+from pixcell_min.checkpoint import load_strict, read_tensors
+
+GROUP_BYTES = 2**28  # of the file, mapped at a time while it is converted
+
+
+def load_weights(module, path) -> None:
+    """Give `module`, built on the meta device, the tensors of a file, each in its place's dtype.
+
+    Raises: ValueError as `read_tensors` and `load_strict` say.
+    """
+    tensors, _ = read_tensors(path)
+    wanted = {name: place.dtype for name, place in module.state_dict().items()}
+    others = [name for name, tensor in tensors.items() if tensor.is_floating_point()
+              and tensor.dtype != wanted.get(name, tensor.dtype)]
+    for group in groups(others, [tensors[name].nbytes for name in others], GROUP_BYTES):
+        mapped, _ = read_tensors(path)  # anew: what was read counts as used until it is unmapped
+        tensors |= {name: mapped[name].to(wanted[name]) for name in group}
+        del mapped
+    load_strict(module, tensors, path)
+
+
+def groups(names, sizes, limit):
+    """Names in order, in lists whose sizes add up to `limit` at most, or of one name."""
+    found, total = [], 0
+    for name, size in zip(names, sizes, strict=True):
+        if not found or total + size > limit:
+            found.append([])
+            total = 0
+        found[-1].append(name)
+        total += size
+    return found
