@@ -113,16 +113,22 @@ def measure(case: dict, repeats: int, bar) -> dict:
         bar.update()
     for side in sides.values():
         side.close()
-    seconds = {name: [turn["seconds"] for turn in its[1:]] for name, its in turns.items()}
+    seconds, worked = ({name: [turn[what] for turn in its[1:]] for name, its in turns.items()}
+                       for what in ("seconds", "cpu_seconds"))
     peak = {name: max(turn["peak_mb"] for turn in its) for name, its in turns.items()}
     imported = statistics.mean(side.memory["imported_mb"] for side in sides.values())
-    ratios = [own / other for own, other in zip(seconds["ours"], seconds["peer"])]
     return {
         "seconds": {name: statistics.median(its) for name, its in seconds.items()},
-        "ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
+        "ratio": ratios_of(seconds), "cpu_ratio": ratios_of(worked),
         "peak_mb": peak, "memory_ratio": peak["ours"] / peak["peer"],
         "memory_ratio_without_torch": (peak["ours"] - imported) / (peak["peer"] - imported),
         "imported_mb": imported, "difference": difference}
+
+
+def ratios_of(seconds: dict) -> dict:
+    """Median, lowest and highest of ours / peer over the turns."""
+    ratios = [own / other for own, other in zip(seconds["ours"], seconds["peer"], strict=True)]
+    return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
 
 
 def largest_difference(ours: dict, peer: dict) -> float:
@@ -222,8 +228,8 @@ def main(argv=None) -> None:
 
 def table(results: dict, size: str) -> str:
     """Markdown: the cases of a size."""
-    lines = ["| case | peer s | ours s | ratio (min…max) | peer MB | ours MB | memory ratio "
-             "(without torch) | difference |", "|" + "---|" * 8]
+    lines = ["| case | peer s | ours s | ratio (min…max) | of CPU time | peer MB | ours MB | memory ratio "
+             "(without torch) | difference |", "|" + "---|" * 9]
     for key, its in results.items():
         if key.split(" ")[0] != size:
             continue
@@ -232,6 +238,7 @@ def table(results: dict, size: str) -> str:
         lines.append(
             f"| {key.split(' ', 1)[1]} | {seconds['peer']:.3g} | {seconds['ours']:.3g} | "
             f"{ratio['median']:.2f} ({ratio['min']:.2f}…{ratio['max']:.2f}) | "
+            f"{its['cpu_ratio']['median']:.2f} | "
             f"{peak['peer']:.0f} | {peak['ours']:.0f} | {its['memory_ratio']:.2f} "
             f"({its['memory_ratio_without_torch']:.2f}) | {difference} |")
     return "\n".join(lines)

@@ -58,8 +58,8 @@ class PatchEmbed(nn.Module):
         height, width = patches.shape[2:]
         code = sincos_grid(height, width, patches.shape[1], self.base_size,
                            self.interpolation_scale)                         # (N, D)
-        # At least float32: autocast's half-precision patches must not set the residual stream's.
-        dtype = torch.promote_types(self.proj.weight.dtype, patches.dtype)
+        # At least float32: half-precision patches must not set the residual stream's precision.
+        dtype = torch.promote_types(torch.float32, patches.dtype)
         return rearrange(patches, "b d h w -> b (h w) d") + code.to(patches.device, dtype)
 
 

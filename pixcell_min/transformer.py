@@ -214,7 +214,7 @@ class PixCellTransformer(nn.Module):
         tokens = encoder_hidden_states
         if c.caption_num_tokens > 1:
             tokens = tokens + self.y_pos_embed.y_pos_embed
-        h = self.pos_embed(latents)                                          # (B, N, D)
+        h = self.pos_embed(latents).to(self.scale_shift_table.dtype)         # (B, N, D)
         embedded, modulation = self.adaln_single(timesteps)                  # (B, D), (B, 6, D)
         context = self.caption_projection(tokens)                            # (B, S, D)
         for block in self.transformer_blocks:
