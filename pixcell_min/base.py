@@ -15,7 +15,7 @@ from huggingface_hub.errors import HFValidationError
 
 from pixcell_min.checkpoint import file_hash, read_json
 from pixcell_min.pipeline import PixCellPipeline
-from pixcell_min.precision import choose_device, choose_dtype
+from pixcell_min.precision import choose_device, choose_dtype, hold_products_in
 from pixcell_min.released import RELEASES, VAE_FILE, how_to_get, release_of
 from pixcell_min.schedulers import NoiseSchedule
 from pixcell_min.transformer import WEIGHTS_NAME as TRANSFORMER_WEIGHTS
@@ -96,20 +96,21 @@ def _first(base, folders, name, what, release, advice=""):
 
 
 def load_pixcell_base(path=None, device="auto", mixed_precision="auto") -> PixCellPipeline:
-    """Load a base (default: $PIXCELL_BASE, else pixcell-nano) as a pipeline in float32 weights.
+    """Load a base (default: $PIXCELL_BASE, else pixcell-nano) as a pipeline, its weights frozen.
 
-    device: auto, cpu, cuda…; mixed_precision: auto, no, fp16 or bf16, the autocast of the denoiser.
-    VAE and encoder are loaded when first used. Raises: ValueError if a file is missing, broken or
+    device: auto, cpu, cuda…; mixed_precision: auto, no, fp16 or bf16, the autocast of the denoiser,
+    in which the weights of its products are held. VAE and encoder are loaded when first used. Raises: ValueError if a file is missing, broken or
     does not fit.
     """
     base, device = find_base(path), choose_device(device)
     schedule = NoiseSchedule.from_config(read_json(base / "scheduler" / "scheduler_config.json"))
-    transformer = PixCellTransformer.from_pretrained(
-        base / "transformer").requires_grad_(False).to(device)
+    transformer = PixCellTransformer.from_pretrained(base / "transformer").requires_grad_(False)
+    hold_products_in(transformer, dtype := choose_dtype(mixed_precision, device))
+    transformer.to(device)
     return PixCellPipeline(transformer, partial(load_vae, base, device),
                            partial(load_encoder, base, device), schedule,
                            base_hash=file_hash(base / "transformer" / TRANSFORMER_WEIGHTS),
-                           device=device, dtype=choose_dtype(mixed_precision, device))
+                           device=device, dtype=dtype)
 
 
 def load_vae(base=None, device="auto") -> AutoencoderKL:

@@ -51,7 +51,7 @@ def denoise(transformer, sampler, condition, generator, *, num_inference_steps=5
     for step in progress(steps):
         model_input = sampler.scale_model_input(latents, step).expand(len(tokens), -1, -1, -1)
         with autocast(device, dtype):
-            output = transformer(model_input.to(transformer.proj_out.weight.dtype),
+            output = transformer(model_input.to(transformer.scale_shift_table.dtype),
                                  step.timestep, tokens).float()
         guided = output[-1:]                                                 # (1, C or 2C, H, W)
         if guidance_scale != 1:
@@ -166,7 +166,7 @@ class PixCellPipeline:
                              f"{config.caption_channels}), got {shape}")
         if not embedding.isfinite().all():
             raise ValueError("embedding holds NaN or infinity; check the tile and the adapter")
-        return embedding.to(self.transformer.proj_out.weight.dtype)
+        return embedding.to(self.transformer.scale_shift_table.dtype)
 
     @torch.no_grad()
     def decode(self, latents) -> Image.Image:

@@ -10,7 +10,6 @@ Sources: Peebles & Xie 2023; Chen et al. 2023, 2024 (PixArt); Yellapragada et al
 
 import math
 from dataclasses import dataclass, fields
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -20,11 +19,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from pixcell_min.checkpoint import read_json
+from pixcell_min.embeddings import (CaptionProjection, PatchEmbed, TimestepModulation,
+                                    TokenPositions)
 from pixcell_min.loading import load_weights
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
-TIMESTEP_CHANNELS = 256  # width of the sinusoid that enters the timestep MLP
-MAX_PERIOD = 10000.0
 # What this text implements; a config that says otherwise describes another network.
 FIXED = {"_class_name": "PixCellTransformer2DModel", "activation_fn": "gelu-approximate",
          "attention_bias": True, "attention_type": "default", "norm_type": "ada_norm_single",
@@ -68,32 +67,6 @@ class TransformerConfig:
                 raise ValueError(f"{source}: {key} must be a positive integer, got {values[key]!r}")
         values.setdefault("interpolation_scale", None)
         return cls(**values)
-
-
-@lru_cache(maxsize=8)
-def sincos_grid(height, width, channels, base_size, interpolation_scale, phase=0.0):
-    """2-D sine-cosine position code (height·width, channels), float64, row by row, on the CPU."""
-    def axis(count):  # positions in units of the training grid, (count, channels / 2)
-        # The device is named, or under `torch.device("meta")` the cached table holds no numbers.
-        steps = torch.arange(max(count, channels // 4), dtype=torch.float64, device="cpu")
-        positions = steps[:count] / (count / base_size) / interpolation_scale + phase
-        frequencies = MAX_PERIOD ** -(steps[:channels // 4] / (channels / 4))
-        angles = positions[:, None] * frequencies
-        return torch.cat([angles.sin(), angles.cos()], dim=1)
-
-    # The column's code comes first (w before h), then the row's; each is sines, then cosines.
-    columns = axis(width)[None].expand(height, -1, -1)
-    rows = axis(height)[:, None].expand(-1, width, -1)
-    return torch.cat([columns, rows], dim=2).reshape(height * width, channels)
-
-
-def timestep_sinusoid(timesteps):
-    """(B,) timesteps, whole or not → (B, 256) float32: cosines, then sines, no frequency shift."""
-    half = TIMESTEP_CHANNELS // 2
-    frequencies = torch.exp(
-        -math.log(MAX_PERIOD) * torch.arange(half, device=timesteps.device) / half)
-    angles = timesteps.float()[:, None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
 class Attention(nn.Module):
@@ -178,71 +151,6 @@ def modulate(h, shift, scale, eps):
     return F.layer_norm(h, h.shape[-1:], eps=eps) * (1 + scale) + shift
 
 
-class PatchEmbed(nn.Module):
-    """p×p latent patches → tokens, plus the position code of the actual grid (not saved)."""
-
-    def __init__(self, config: TransformerConfig, width):
-        super().__init__()
-        p = config.patch_size
-        self.proj = nn.Conv2d(config.in_channels, width, kernel_size=p, stride=p)
-        self.base_size = config.sample_size // p
-        scale = config.interpolation_scale
-        self.interpolation_scale = max(config.sample_size // 64, 1) if scale is None else scale
-
-    def forward(self, latents):
-        patches = self.proj(latents)                                         # (B, D, H/p, W/p)
-        height, width = patches.shape[2:]
-        code = sincos_grid(height, width, patches.shape[1], self.base_size,
-                           self.interpolation_scale)                         # (N, D)
-        # At least float32: autocast's half-precision patches must not set the residual stream's.
-        dtype = torch.promote_types(self.proj.weight.dtype, patches.dtype)
-        return rearrange(patches, "b d h w -> b (h w) d") + code.to(patches.device, dtype)
-
-
-class TimestepModulation(nn.Module):
-    """Timestep → (τ (B, D), modulation (B, 6, D)); nesting mirrors the released names."""
-
-    def __init__(self, width):
-        super().__init__()
-        embedder = {"linear_1": nn.Linear(TIMESTEP_CHANNELS, width),
-                    "linear_2": nn.Linear(width, width)}
-        self.emb = nn.ModuleDict({"timestep_embedder": nn.ModuleDict(embedder)})
-        self.linear = nn.Linear(width, 6 * width)
-
-    def forward(self, timesteps):
-        mlp = self.emb["timestep_embedder"]
-        sinusoid = timestep_sinusoid(timesteps).to(self.linear.weight.dtype)  # (B, 256)
-        embedded = mlp["linear_2"](F.silu(mlp["linear_1"](sinusoid)))        # (B, D)
-        return embedded, rearrange(self.linear(F.silu(embedded)), "b (m d) -> b m d", m=6)
-
-
-class CaptionProjection(nn.Module):
-    """Condition tokens E → D by a two-layer MLP; holds the null embedding of guidance."""
-
-    def __init__(self, config: TransformerConfig, width):
-        super().__init__()
-        # A buffer; the released class's is a Parameter, which requires_grad_(False) misses.
-        self.register_buffer("uncond_embedding", torch.randn(
-            config.caption_num_tokens, config.caption_channels) / config.caption_channels**0.5)
-        self.linear_1, self.linear_2 = (
-            nn.Linear(config.caption_channels, width), nn.Linear(width, width))
-
-    def forward(self, tokens):
-        return self.linear_2(F.gelu(self.linear_1(tokens), approximate="tanh"))
-
-
-class TokenPositions(nn.Module):
-    """Saved position code of S > 1 condition tokens, a √S×√S grid in the pixel frame."""
-
-    def __init__(self, config: TransformerConfig):
-        super().__init__()
-        side, base_size = (
-            math.isqrt(config.caption_num_tokens), config.sample_size // config.patch_size)
-        code = sincos_grid(side, side, config.caption_channels, base_size, 2.0,
-                           base_size // config.caption_num_tokens)
-        self.register_buffer("y_pos_embed", code.to(torch.get_default_dtype())[None])  # (1, S, E)
-
-
 class PixCellTransformer(nn.Module):
     """The whole network: `model(latents=…, timesteps=…, encoder_hidden_states=…)`, see forward."""
 
@@ -306,7 +214,7 @@ class PixCellTransformer(nn.Module):
         tokens = encoder_hidden_states
         if c.caption_num_tokens > 1:
             tokens = tokens + self.y_pos_embed.y_pos_embed
-        h = self.pos_embed(latents)                                          # (B, N, D)
+        h = self.pos_embed(latents).to(self.scale_shift_table.dtype)         # (B, N, D)
         embedded, modulation = self.adaln_single(timesteps)                  # (B, D), (B, 6, D)
         context = self.caption_projection(tokens)                            # (B, S, D)
         for block in self.transformer_blocks:

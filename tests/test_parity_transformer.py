@@ -9,9 +9,8 @@ import torch
 from diffusers import PixArtTransformer2DModel
 from safetensors.torch import load_file
 
-from pixcell_min.transformer import (
-    WEIGHTS_NAME, PixCellTransformer, TokenPositions, TransformerConfig,
-)
+from pixcell_min.embeddings import TokenPositions
+from pixcell_min.transformer import WEIGHTS_NAME, PixCellTransformer, TransformerConfig
 
 logging.getLogger("diffusers").setLevel(logging.ERROR)
 DATA = Path(__file__).parent / "data"

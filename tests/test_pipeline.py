@@ -130,7 +130,8 @@ class Recorder(torch.nn.Module):
 
     def __init__(self, network):
         super().__init__()
-        self.config, self.proj_out, self.calls = network.config, network.proj_out, []
+        self.config, self.calls = network.config, []
+        self.scale_shift_table = network.scale_shift_table
         self.uncond_embedding = network.uncond_embedding
 
     def forward(self, latents, timesteps, encoder_hidden_states):

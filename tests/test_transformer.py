@@ -11,11 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from pixcell_min import transformer as module
 from pixcell_min.adapter import EmbeddingAdapter
+from pixcell_min.embeddings import sincos_grid, timestep_sinusoid
 from pixcell_min.lora import count_parameters, inject_lora
 from pixcell_min.transformer import (
     FIXED, WEIGHTS_NAME, Attention, Block, PixCellTransformer, TransformerConfig, attend,
-    sincos_grid,
-    timestep_sinusoid,
 )
 
 ROUNDING = 1e-6  # float32, values of order 1, the same sums in another order

@@ -26,11 +26,12 @@ from tqdm import tqdm
 from pixcell_min import checkpoint
 from pixcell_min.data import (find_tiles, fit_tile, image_to_tensor, read_tile,
                               tensor_to_image)
+from pixcell_min.embeddings import PatchEmbed, sincos_grid
 from pixcell_min.schedulers import NoiseSchedule
 from pixcell_min.tools.metrics import RUIFROK
 from pixcell_min.tools.synthetic import FIRST, render_tile
 from pixcell_min.training import timestep_weights
-from pixcell_min.transformer import PatchEmbed, PixCellTransformer, TransformerConfig, sincos_grid
+from pixcell_min.transformer import PixCellTransformer, TransformerConfig
 from pixcell_min.uni import IMAGENET_MEAN, IMAGENET_STD, TileEncoder
 from pixcell_min.vae import AutoencoderKL, VAEConfig
 

@@ -1,0 +1,248 @@
+"""pixcell_min beside diffusers + peft + timm: time, memory and difference, in one run.
+
+    python benchmarks/compare.py --size full                 (the cases of the README's table)
+    python benchmarks/compare.py --size nano --cases train-1 sample --repeats 9
+
+Each side of a case lives in a process of its own (`sides.py`), with the same weights, inputs,
+threads and precision; the two take turns, ours, peer, ours, peer…, while the other one waits. The
+first turn warms up and gives the difference of the results; then come --repeats timed ones. A
+ratio is ours / peer of neighbouring turns, so that other work on the machine strikes both.
+Full-size networks have random weights and are written once under --work. What is in the result file
+with the same settings is not measured again. Linux alone tells the peak memory of a process.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from first_run import machine  # noqa: E402
+from pixcell_min.checkpoint import write_text  # noqa: E402
+from sides import WEIGHTS, config_of, serve  # noqa: E402
+
+NANO = ROOT / "weights" / "pixcell-nano"
+VAE = {"_class_name": "AutoencoderKL", "act_fn": "silu", "use_quant_conv": False,
+       "use_post_quant_conv": False, "mid_block_add_attention": True, "in_channels": 3,
+       "out_channels": 3, "latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609,
+       "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+SIZES = {  # transformer, VAE, encoder: what differs from PixCell-256, SD 3.5's VAE and UNI2-h
+    "full": ({}, {}, {}),
+    "mid": ({"num_layers": 4}, {"block_out_channels": [64, 128, 256, 256]}, {"depth": 4}),
+    "tiny": ({"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8, "sample_size": 8,
+              "caption_channels": 16},
+             {"block_out_channels": [4, 4, 8, 8], "layers_per_block": 1, "norm_num_groups": 2},
+             {"img_size": 28, "depth": 1, "num_heads": 2, "embed_dim": 16, "mlp_ratio": 4.0,
+              "reg_tokens": 2}),
+}
+TILES = 4  # of an epoch
+BOTH = ("bf16", "no")
+
+
+def cases() -> dict[str, dict]:
+    """{name: case}; `peer` in a case: settings of the peer's side that differ from ours."""
+    found = {}
+    for precision in BOTH:
+        word = {"bf16": "bf16", "no": "float32"}[precision]
+        own = {"precision": precision}
+        for batch in (1, 4):
+            found[f"train-{batch}-{word}"] = {"kind": "train", "batch": batch, **own}
+        found[f"forward-{word}"] = {"kind": "forward", "batch": 2, "merged": True, **own}
+        found[f"sample-dpm-{word}"] = {"kind": "sample", "scheduler": "dpmpp_2m", "steps": 20,
+                                       "merged": True, **own}
+        found[f"sample-ddim-{word}"] = {"kind": "sample", "scheduler": "ddim", "steps": 50,
+                                        "merged": True, **own}
+        for kind in ("encode", "decode", "encoder"):
+            found[f"{kind}-{word}"] = {"kind": kind, **own}
+        found[f"epoch-{word}"] = {"kind": "epoch", "batch": 2, **own}
+        found[f"train-4-checkpointing-{word}"] = {
+            "kind": "train", "batch": 4, "checkpointing": True, **own}
+        found[f"forward-unmerged-{word}"] = {"kind": "forward", "batch": 2, **own}
+    found["load"] = {"kind": "load", "precision": "no"}
+    for batch in (1, 4):
+        found[f"train-{batch}-bf16-autocast"] = {
+            "kind": "train", "batch": batch, "precision": "bf16",
+            "peer": {"precision": "bf16 autocast"}}
+    defaults = {"precision": "auto", "peer": {"precision": "no"}}
+    found["defaults-train"] = {"kind": "train", "batch": 4, **defaults}
+    found["defaults-sample"] = {"kind": "sample", "scheduler": "dpmpp_2m", "steps": 20, **defaults}
+    found["defaults-epoch"] = {"kind": "epoch", "batch": 2, **defaults}
+    return found
+
+
+class Side:
+    """A process that serves one side of a case; built when made, gone after `close`."""
+
+    def __init__(self, side, case):
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=serve, args=(theirs, side, case), daemon=True)
+        self.process.start()
+        theirs.close()  # so that the end of the process is seen here
+        self.memory = self.connection.recv()
+
+    def ask(self, order):
+        """The answer to "run" or "output". Raises: EOFError if the process has died."""
+        self.connection.send(order)
+        return self.connection.recv()
+
+    def close(self):
+        self.connection.send("end")
+        self.process.join()
+
+
+def measure(case: dict, repeats: int, bar) -> dict:
+    """Both sides of a case in turns: seconds, ratios, peak memory, largest difference."""
+    sides = {"ours": Side("ours", case), "peer": Side("peer", case | case.get("peer", {}))}
+    turns = {name: [] for name in sides}
+    for turn in range(repeats + 1):
+        for name, side in sides.items():
+            turns[name].append(side.ask("run"))
+        if turn == 0:
+            outputs = [side.ask("output") for side in sides.values()]
+            # Each side of an epoch draws noise of its own.
+            difference = None if case["kind"] == "epoch" else largest_difference(*outputs)
+        bar.update()
+    for side in sides.values():
+        side.close()
+    seconds, worked = ({name: [turn[what] for turn in its[1:]] for name, its in turns.items()}
+                       for what in ("seconds", "cpu_seconds"))
+    peak = {name: max(turn["peak_mb"] for turn in its) for name, its in turns.items()}
+    imported = statistics.mean(side.memory["imported_mb"] for side in sides.values())
+    return {
+        "seconds": {name: statistics.median(its) for name, its in seconds.items()},
+        "ratio": ratios_of(seconds), "cpu_ratio": ratios_of(worked),
+        "peak_mb": peak, "memory_ratio": peak["ours"] / peak["peer"],
+        "memory_ratio_without_torch": (peak["ours"] - imported) / (peak["peer"] - imported),
+        "imported_mb": imported, "difference": difference}
+
+
+def ratios_of(seconds: dict) -> dict:
+    """Median, lowest and highest of ours / peer over the turns."""
+    ratios = [own / other for own, other in zip(seconds["ours"], seconds["peer"], strict=True)]
+    return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+
+
+def largest_difference(ours: dict, peer: dict) -> float:
+    """Largest distance of a result, of all of ours, in parts of the peer's largest value of it.
+
+    Gradients that the peer alone has (LoRA where it cannot act) are not compared.
+    """
+    return max((ours[name] - peer[name]).abs().max().item() / peer[name].abs().max().item()
+               for name in ours)
+
+
+def write_networks(folder: Path, size: str) -> None:
+    """The three networks of a size, float32, as a base folder; the first as diffusers' PixArt, too."""
+    from diffusers import PixArtTransformer2DModel
+
+    from pixcell_min.checkpoint import read_json, read_tensors, save_tensors
+    from pixcell_min.transformer import PixCellTransformer, TransformerConfig
+    from pixcell_min.uni import TileEncoder
+    from pixcell_min.vae import AutoencoderKL, VAEConfig
+    torch.manual_seed(0)
+    files = {"transformer": WEIGHTS, "vae": WEIGHTS, "uni": "model.safetensors"}
+    if size == "nano":
+        configs = {part: read_json(NANO / part / "config.json") for part in files}
+        tensors = {part: read_tensors(NANO / part / name)[0] for part, name in files.items()}
+    else:
+        transformer, vae, encoder = SIZES[size]
+        configs = {"transformer": vars(TransformerConfig(**transformer)),
+                   "vae": vars(VAEConfig()) | VAE | vae, "uni": {"model_args": encoder}}
+        made = {"transformer": PixCellTransformer(TransformerConfig(**transformer)),
+                "vae": AutoencoderKL(VAEConfig.from_dict(
+                    configs["vae"] | {"block_out_channels": [*configs["vae"]["block_out_channels"]]})),
+                "uni": TileEncoder(encoder).vit}
+        tensors = {part: network.state_dict() for part, network in made.items()}
+    for part, name in files.items():
+        write_text(folder / part / "config.json", json.dumps(configs[part]))
+        save_tensors(folder / part / name, {key: t.float() for key, t in tensors[part].items()})
+    write_text(folder / "scheduler" / "scheduler_config.json",
+               (NANO / "scheduler" / "scheduler_config.json").read_text())
+    shared = ("num_layers", "num_attention_heads", "attention_head_dim", "caption_channels",
+              "sample_size", "interpolation_scale", "in_channels", "out_channels", "patch_size")
+    config = {name: configs["transformer"][name] for name in shared}
+    with torch.device("meta"):
+        pixart = PixArtTransformer2DModel(
+            cross_attention_dim=config["num_attention_heads"] * config["attention_head_dim"],
+            use_additional_conditions=False, **config)
+    pixart.save_config(folder / "pixart")
+    (folder / "pixart" / WEIGHTS).symlink_to(folder / "transformer" / WEIGHTS)  # written last
+
+
+def write_tiles(folder: Path, side: int) -> None:
+    """TILES different PNG tiles."""
+    from PIL import Image
+    image = Image.open(ROOT / "docs" / "tile.png").convert("RGB").resize((side, side))
+    folder.mkdir(parents=True)
+    for i in range(TILES):
+        image.putpixel((0, 0), (i, 0, 0))
+        image.save(folder / f"{i}.png")
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--size", choices=("nano", *SIZES), default="nano")
+    parser.add_argument("--cases", nargs="+", default=[""], help="names, or their beginnings")
+    parser.add_argument("--repeats", type=int, default=5, help="timed turns")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--work", type=Path, default=Path("runs/compare"), help="for networks, kept")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write and to go on from")
+    args = parser.parse_args(argv)
+    base, found = (args.work / args.size).resolve(), cases()
+    chosen = [name for name in found if name.startswith(tuple(args.cases))]
+    if not chosen:
+        parser.error(f"no such case; there are {', '.join(found)}")
+    if not (base / "pixart" / WEIGHTS).exists():
+        write_networks(base, args.size)
+        write_tiles(base / "tiles", 8 * config_of({"base": base})["sample_size"])
+    results = json.loads(args.out.read_text()) if args.out.exists() else {}
+    common = {"threads": args.threads, "device": args.device}
+    with tqdm(total=len(chosen) * (args.repeats + 1), unit="turn", disable=None) as bar:
+        for name in chosen:
+            bar.set_description(name)
+            settings = found[name] | common | {"repeats": args.repeats}
+            key = f"{args.size} {name}"
+            if results.get(key, {}).get("settings") == settings:
+                bar.update(args.repeats + 1)
+                continue
+            case = found[name] | common | {"base": str(base), "tiles": str(base / "tiles"),
+                                           "cache": str(base / "cache")}
+            if case["kind"] == "epoch":  # the features that later passes read, in a process that ends
+                first = Side("ours", case | {"kind": "first pass"})
+                first.ask("run"), first.close()
+            results[key] = measure(case, args.repeats, bar) | {
+                "settings": settings, "machine": machine()}
+            write_text(args.out, json.dumps(results, indent=1) + "\n")
+    print(table(results, args.size))
+
+
+def table(results: dict, size: str) -> str:
+    """Markdown: the cases of a size."""
+    lines = ["| case | peer s | ours s | ratio (min…max) | of CPU time | peer MB | ours MB | memory ratio "
+             "(without torch) | difference |", "|" + "---|" * 9]
+    for key, its in results.items():
+        if key.split(" ")[0] != size:
+            continue
+        seconds, ratio, peak = its["seconds"], its["ratio"], its["peak_mb"]
+        difference = "–" if its["difference"] is None else f"{its['difference']:.1e}"
+        lines.append(
+            f"| {key.split(' ', 1)[1]} | {seconds['peer']:.3g} | {seconds['ours']:.3g} | "
+            f"{ratio['median']:.2f} ({ratio['min']:.2f}…{ratio['max']:.2f}) | "
+            f"{its['cpu_ratio']['median']:.2f} | "
+            f"{peak['peer']:.0f} | {peak['ours']:.0f} | {its['memory_ratio']:.2f} "
+            f"({its['memory_ratio_without_torch']:.2f}) | {difference} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""benchmarks/compare.py: both sides of a case compute the same; turns, ratios and table."""
+
+import json
+import sys
+
+import pytest
+
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import compare  # noqa: E402
+import sides  # noqa: E402
+
+FLOAT32 = 1e-5  # of the largest value: output and every gradient of LoRA
+BF16 = 0.1  # eight bits, on both sides
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """The tiny networks, as compare.py writes them, and tiles."""
+    folder = tmp_path_factory.mktemp("compare") / "tiny"
+    compare.write_networks(folder, "tiny")
+    compare.write_tiles(folder / "tiles", 64)
+    return folder
+
+
+def case_of(base, **settings):
+    return {"precision": "no", "device": "cpu", "threads": 1, "base": str(base),
+            "tiles": str(base / "tiles"), "cache": str(base / "cache"), **settings}
+
+
+@pytest.mark.parametrize("settings", [
+    {"kind": "train", "batch": 3}, {"kind": "train", "batch": 2, "checkpointing": True},
+    {"kind": "train", "batch": 2, "precision": "bf16"},
+    {"kind": "forward", "batch": 2, "merged": True}, {"kind": "forward", "batch": 2},
+    {"kind": "sample", "scheduler": "ddim", "steps": 5},
+    {"kind": "sample", "scheduler": "dpmpp_2m", "steps": 5, "merged": True},
+    {"kind": "encode"}, {"kind": "decode"}, {"kind": "encoder"}, {"kind": "load"},
+], ids=lambda settings: " ".join(str(value) for value in settings.values()))
+def test_both_sides_compute_the_same(base, settings):
+    case = case_of(base, **settings)
+    ours, peer = (kinds[case["kind"]](case)() for kinds in (sides.OURS, sides.PEER))
+    assert compare.largest_difference(ours, peer) < (BF16 if case["precision"] == "bf16" else FLOAT32)
+    if case["kind"] == "train":  # a wrong gradient is seen
+        name = next(name for name in ours if name.endswith("attn1.to_v.lora_A"))
+        ours[name] = ours[name] + 0.2 * peer[name].abs().max()
+        assert compare.largest_difference(ours, peer) > 0.1
+
+
+def test_an_epoch_with_cached_features_and_with_vae_and_encoder_in_every_step(base):
+    case = case_of(base, kind="epoch", batch=2)
+    sides.OURS["first pass"](case)()
+    for kinds in (sides.OURS, sides.PEER):
+        assert kinds["epoch"](case)()["loss"] > 0
+
+
+def test_every_case_is_known_to_both_sides():
+    for case in compare.cases().values():
+        assert case["kind"] in sides.OURS.keys() & sides.PEER.keys()
+
+
+def test_turns_ratios_and_table_and_nothing_twice(base, tmp_path, capsys, monkeypatch):
+    work, out = base.parent, tmp_path / "results.json"
+    arguments = ["--size", "tiny", "--cases", "encoder-float32", "--repeats", "2", "--threads", "1",
+                 "--work", str(work), "--out", str(out)]
+    compare.main(arguments)
+    (key, result), = json.loads(out.read_text()).items()
+    assert key == "tiny encoder-float32"
+    assert 0 < result["ratio"]["min"] <= result["ratio"]["median"] <= result["ratio"]["max"]
+    assert all(0 < result["imported_mb"] < peak for peak in result["peak_mb"].values())
+    assert "| encoder-float32 |" in capsys.readouterr().out
+    monkeypatch.setattr(compare, "measure", None)  # measured already
+    compare.main(arguments)
