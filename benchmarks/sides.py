@@ -236,7 +236,8 @@ def our_first_pass(case):
 
 
 def our_epoch(case):
-    from pixcell_min.training import diffusion_loss, draw_micro_batches, optimizer_step
+    from pixcell_min.batches import draw_micro_batches
+    from pixcell_min.training import diffusion_loss, optimizer_step
     pipeline = our_pipeline(case)
     adapter, optimizer, scaler = our_trainable(case, pipeline)
 
@@ -250,7 +251,7 @@ def our_epoch(case):
         for attempt in range(count // case["batch"]):
             batches = draw_micro_batches(
                 features, torch.arange(count), pipeline.schedule, case["batch"], 1, 0.0, None, 0,
-                pipeline.device, attempt)
+                pipeline.device, 0, 1, attempt)
             report = optimizer_step(loss_of, batches, case["batch"], optimizer, scaler, CLIP)
         return {"loss": torch.tensor(report.loss)}
     return run

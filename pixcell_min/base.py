@@ -99,8 +99,8 @@ def load_pixcell_base(path=None, device="auto", mixed_precision="auto") -> PixCe
     """Load a base (default: $PIXCELL_BASE, else pixcell-nano) as a pipeline, its weights frozen.
 
     device: auto, cpu, cuda…; mixed_precision: auto, no, fp16 or bf16, the autocast of the denoiser,
-    in which the weights of its products are held. VAE and encoder are loaded when first used. Raises: ValueError if a file is missing, broken or
-    does not fit.
+    in which the weights of its products are held. VAE and encoder are loaded when first used.
+    Raises: ValueError if a file is missing, broken or does not fit.
     """
     base, device = find_base(path), choose_device(device)
     schedule = NoiseSchedule.from_config(read_json(base / "scheduler" / "scheduler_config.json"))
