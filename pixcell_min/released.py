@@ -51,7 +51,7 @@ RELEASES = {
     "sd3-vae": Release(
         "stabilityai/stable-diffusion-3.5-large", (VAE_FILE,), 0.17, True,
         "Stability AI Community License: free below 1 M$ of yearly revenue, else by contract",
-        f"{HUB}/stabilityai/stable-diffusion-3.5-large/blob/main/LICENSE.md"),
+        f"{HUB}/stabilityai/stable-diffusion-3.5-large (its model card; LICENSE.md there not read)"),
 }
 
 
