@@ -5,7 +5,6 @@ import shutil
 import pytest
 import torch
 from conftest import write_base
-from huggingface_hub import constants
 from PIL import Image
 
 import pixcell_min
@@ -18,17 +17,7 @@ from pixcell_min.checkpoint import file_hash
 from pixcell_min.transformer import WEIGHTS_NAME
 
 
-@pytest.fixture(autouse=True)
-def nothing_downloaded(tmp_path, monkeypatch):
-    """What this machine has of real weights is no part of these tests."""
-    monkeypatch.setattr(module, "REPOSITORY", tmp_path / "no-repository")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "no-cache"))
-
-
-@pytest.fixture
-def own_base(tiny_base, tmp_path):
-    """A copy of the tiny base to take things away from, in a folder of bases."""
-    return shutil.copytree(tiny_base, tmp_path / "bases" / "own")
+pytestmark = pytest.mark.usefixtures("nothing_downloaded")
 
 
 def refusal(call, *arguments, **options):

@@ -8,7 +8,6 @@ import shutil
 import pytest
 import torch
 from conftest import ROOT, SCHEDULER
-from huggingface_hub import constants
 
 from pixcell_min import base as base_module
 from pixcell_min.base import load_pixcell_base
@@ -21,17 +20,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 TSV = ROOT / "tests" / "data"
 
 
-@pytest.fixture(autouse=True)
-def nothing_downloaded(tmp_path, monkeypatch):
-    """What this machine has of real weights is no part of these tests."""
-    monkeypatch.setattr(base_module, "REPOSITORY", tmp_path / "no-repository")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "no-cache"))
-
-
-@pytest.fixture
-def own_base(tiny_base, tmp_path):
-    """A copy of the tiny base to damage, in a folder of bases."""
-    return shutil.copytree(tiny_base, tmp_path / "bases" / "own")
+pytestmark = pytest.mark.usefixtures("nothing_downloaded")
 
 
 def examined(capsys, *arguments):

@@ -285,9 +285,7 @@ def without_gates(arguments, tiles, tiny_base, tmp_path):
 
 
 def test_precomputed_files_train_without_encoder_and_vae(
-        without_gates, tmp_path, tiny_base, capsys, monkeypatch):
-    monkeypatch.setattr("pixcell_min.base.REPOSITORY", tmp_path)  # what this machine has beside
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "no-cache"))
+        without_gates, tmp_path, tiny_base, capsys, nothing_downloaded):
     assert train.main(without_gates) == 0
     assert "6 to train on, 2 held out; latents and embeddings in 1 variant" in capsys.readouterr().out
     named = json.loads((tmp_path / "run" / "tiles.json").read_text())

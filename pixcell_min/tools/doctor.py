@@ -1,4 +1,4 @@
-"""What is there, what is missing and where to ask for it, whether it is whole, and does it fit here?
+"""Weights: what is there and whole, what is missing and where to ask for it, what fits here.
 
     python -m pixcell_min.tools.doctor
     python -m pixcell_min.tools.doctor --base weights/pixcell-256 --hash --json
@@ -32,14 +32,14 @@ from pixcell_min.vae import AutoencoderKL
 
 PACKAGES = ("torch", "timm", "safetensors", "einops", "numpy", "pillow", "tqdm", "pyyaml",
             "huggingface_hub")
-FLOAT32 = 4  # bytes; weights are float32 in memory, whatever the file holds and autocast computes in
+FLOAT32 = 4  # bytes; in memory weights are float32, whatever the file or autocast says
 ROOM = 0.8  # share of free memory that weights may take; activations need the rest
 
 
 def parse_doctor(argv=None):
     """Command line → options. Raises: SystemExit(2) after one line for a wrong flag or folder."""
     parser = OneLineParser(prog="doctor", description="Say what weights are here and what fits.")
-    parser.add_argument("--base", help="look at this base alone; default: nano and all released ones")
+    parser.add_argument("--base", help="this base alone; default: nano and the released ones")
     parser.add_argument("--hash", action="store_true",
                         help="also read every downloaded byte and compare hashes")
     parser.add_argument("--json", action="store_true", help="print JSON, not a table")
@@ -70,7 +70,7 @@ def examine(base=None, hashes=False) -> dict:
 
 
 def examine_base(name) -> dict:
-    """One base: each part's state ("whole", "missing: …", "broken: …") and size, and does it fit."""
+    """One base: each part's state ("whole", "broken or missing: …") and size; does it fit."""
     try:
         folder = find_base(name)
     except ValueError:
@@ -127,7 +127,7 @@ def check_encoder(base: Path) -> int:
 
 
 def compare(model: torch.nn.Module, path: Path) -> int:
-    """Parameters and buffers of a file that fits the model. Raises: ValueError naming a difference."""
+    """How many values a file holds that fits the model. Raises: ValueError naming a difference."""
     wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     found = stored_shapes(path)
     for key in sorted(wanted.keys() ^ found.keys()):
@@ -231,6 +231,16 @@ def packages() -> dict:
     return {name: find(name) for name in PACKAGES}
 
 
+def fit_line(row: dict) -> str:
+    """One line of `fit`."""
+    places = [f"{place} {'fits' if row[key] else 'DOES NOT FIT'}"
+              for place, key in (("memory:", "cpu"), ("GPU:", "cuda")) if row[key] is not None]
+    advice = f"; advised on {row['advised_on']}" if row["advised_on"] else ""
+    size = f"{row['weights_bytes'] / 1e9:.2f} GB"
+    return (f"    {row['precision']:<12}weights {size} (float32 in any precision), "
+            f"{', '.join(places) or 'memory unknown'}{advice}")
+
+
 def table(report: dict) -> list[str]:
     """The lines to print."""
     lines = []
@@ -240,24 +250,20 @@ def table(report: dict) -> list[str]:
         for name, part in base["parts"].items():
             size = f", {part['parameters'] / 1e6:.1f} M values" if part["parameters"] else ""
             lines.append(f"    {name:<12}{part['state']}{size}")
-        for row in base["fit"]:
-            places = [f"{place} {'fits' if row[key] else 'DOES NOT FIT'}" for place, key in
-                      (("memory:", "cpu"), ("GPU:", "cuda")) if row[key] is not None]
-            advice = f"; advised on {row['advised_on']}" if row["advised_on"] else ""
-            lines.append(f"    {row['precision']:<12}weights {row['weights_bytes'] / 1e9:.2f} GB "
-                         f"(float32 in any precision), {', '.join(places) or 'memory unknown'}{advice}")
+        lines += [fit_line(row) for row in base["fit"]]
     for release in report["releases"]:
-        gate = f"gated: ask at {release['page']}" if release["gated"] else f"open: {release['page']}"
+        gate = "gated: ask at" if release["gated"] else "open:"
+        size = f"{release['gigabytes']:.2f} GB"
         lines += [f"{release['release']}: {release['state']}",
-                  f"    {gate}; {release['gigabytes']:.2f} GB; {release['get']}",
+                  f"    {gate} {release['page']}; {size}; {release['get']}",
                   f"    licence: {release['licence']}"]
     here = report["machine"]
     memory, gpu = here["memory_free"], here["gpu"]
     lines.append("in memory come on top: activations (`train.py --dry-run` measures them)")
+    gpu = f"{gpu}, {here['gpu_memory_free'] / 1e9:.1f} GB free" if gpu else "no CUDA GPU"
     lines.append(f"machine: {here['cores']} cores, "
                  f"memory free {f'{memory / 1e9:.1f} GB' if memory else 'unknown'}, "
-                 f"disk free {here['disk_free'] / 1e9:.1f} GB, "
-                 + (f"{gpu}, {here['gpu_memory_free'] / 1e9:.1f} GB free" if gpu else "no CUDA GPU"))
+                 f"disk free {here['disk_free'] / 1e9:.1f} GB, {gpu}")
     lines.append(f"python {here['python']}: " + ", ".join(
         f"{name} {found or 'NOT INSTALLED'}" for name, found in report["packages"].items()))
     return lines
