@@ -98,6 +98,17 @@ def test_vae_weights_beside_a_snapshot(own_base, beside):
     assert all(torch.equal(tensor, expected[name]) for name, tensor in vae.state_dict().items())
 
 
+def test_what_was_downloaded_into_the_repository_serves_a_base_elsewhere(own_base, monkeypatch):
+    repository = own_base.parent.parent / "repository"
+    monkeypatch.setattr(module, "REPOSITORY", repository)
+    for part, place in (("uni", "weights/uni2-h"), (f"vae/{WEIGHTS_NAME}",
+                                                    f"weights/sd3-vae/vae/{WEIGHTS_NAME}")):
+        (repository / place).parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(own_base / part, repository / place)
+    assert encoder_folder(own_base) == repository / "weights" / "uni2-h"
+    assert vae_weights(own_base) == repository / "weights" / "sd3-vae" / "vae" / WEIGHTS_NAME
+
+
 def test_the_encoder_beside_a_snapshot(own_base):
     assert encoder_folder(own_base) == own_base / "uni"
     shutil.move(own_base / "uni", own_base.parent / "uni2-h")

@@ -1,7 +1,9 @@
 """Released weights from a hub on loopback: what is fetched, resumed, and what refusals say."""
 
 import errno
+import hashlib
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -139,6 +141,7 @@ def test_a_broken_transfer_goes_on_where_it_stopped(hub, tmp_path, capsys, monke
     hub.cut[WEIGHTS] = half
     text = refused(capsys, "pixcell-256", "--to", tmp_path)
     assert WEIGHTS in text and "the same command goes on where it stopped" in text
+    assert logging.getLogger("huggingface_hub").level == logging.ERROR  # its own warnings are long
     folder = tmp_path / "pixcell-256" / "transformer"
     assert not (folder / "diffusion_pytorch_model.safetensors").exists()
     part, = folder.glob(".*.part")
@@ -149,6 +152,17 @@ def test_a_broken_transfer_goes_on_where_it_stopped(hub, tmp_path, capsys, monke
     assert transfers(hub) == [(WEIGHTS, f"bytes={half}-")]
     assert (tmp_path / "pixcell-256" / WEIGHTS).read_bytes() == content
     assert not list(folder.glob(".*.part"))
+
+
+def test_parts_of_another_revision_and_too_long_ones_are_thrown_away(hub, tmp_path):
+    content = hub.files[PIXCELL.repository, WEIGHTS]
+    folder = tmp_path / "pixcell-256" / "transformer"
+    folder.mkdir(parents=True)
+    name = "diffusion_pytorch_model.safetensors"
+    (folder / f".{name}.{'0' * 64}.part").write_bytes(b"old")
+    (folder / f".{name}.{hashlib.sha256(content).hexdigest()}.part").write_bytes(content + b"more")
+    fetch("pixcell-256", to=tmp_path)
+    assert (folder / name).read_bytes() == content and not list(folder.glob(".*.part"))
 
 
 def test_a_wrong_hash_leaves_nothing(hub, tmp_path, capsys):
