@@ -40,9 +40,9 @@ def find_base(path=None) -> Path:
         if (folder / "transformer").is_dir():
             return folder.absolute()  # the encoder is loaded later, perhaps from another folder
     name = release_of(path)
-    raise ValueError(f"{path}: no base model; expected a folder with transformer/ vae/ scheduler/ or "
-                     f"a name in the hub's cache (see README: weights)"
-                     + (f"; run {how_to_get(name)}" if name else ""))
+    command = f"; run {how_to_get(name)}" if name else ""
+    raise ValueError(f"{path}: no base model; expected a folder with transformer/ vae/ scheduler/, "
+                     f"or a name in the hub's cache (see README: weights){command}")
 
 
 def _snapshot(path):

@@ -1,7 +1,7 @@
-"""What others have released for PixCell: names on the Hugging Face hub, files, terms. A table, no code.
+"""What others have released for PixCell: names on the Hugging Face hub, files, terms. A table.
 
-Read in stored copies of the pages named in `source` (November 2026); the terms at the address itself
-are the ones that hold. `tools.download` fetches, `tools.doctor` and `base` say what is missing.
+Read in stored copies of the pages named in `source` (November 2026); the terms at the address
+itself are those that hold. `tools.download` fetches, `tools.doctor` and `base` say what is missing.
 """
 
 from pathlib import Path
@@ -40,18 +40,19 @@ RELEASES = {
         "https://github.com/cvlab-stonybrook/PixCell/blob/main/LICENSE"),
     "pixcell-1024": Release(
         "StonyBrook-CVLab/PixCell-1024", _PIXCELL_FILES, 2.43, False,
-        f"none stated on the stored page (PixCell-256: Apache-2.0): ask its authors; {_PIXCELL_CODE}",
+        "none stated on the stored page (PixCell-256: Apache-2.0): ask its authors; "
+        f"{_PIXCELL_CODE}",
         f"{HUB}/StonyBrook-CVLab/PixCell-1024, "
         "https://github.com/cvlab-stonybrook/PixCell/blob/main/LICENSE"),
     "uni2-h": Release(
         "MahmoodLab/UNI2-h", ("config.json", "pytorch_model.bin"), 2.73, True,
-        "CC BY-NC-ND 4.0 and the gate's own terms: academic research only, no copy passed on, models "
-        "trained on its outputs count as derivatives",
+        "CC BY-NC-ND 4.0 and the gate's own terms: academic research only, no copy passed on, "
+        "models trained on its outputs count as derivatives",
         f"{HUB}/MahmoodLab/UNI2-h"),
     "sd3-vae": Release(
         "stabilityai/stable-diffusion-3.5-large", (VAE_FILE,), 0.17, True,
         "Stability AI Community License: free below 1 M$ of yearly revenue, else by contract",
-        f"{HUB}/stabilityai/stable-diffusion-3.5-large/blob/main/LICENSE.md"),
+        f"{HUB}/stabilityai/stable-diffusion-3.5-large (model card; LICENSE.md there not read)"),
 }
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -72,6 +73,19 @@ def write_base(folder: Path, seed: int = 0, **changes) -> Path:
 def tiny_base(tmp_path_factory) -> Path:
     """Folder of the tiny base, shared by all tests: do not write to it."""
     return write_base(tmp_path_factory.mktemp("bases") / "tiny")
+
+
+@pytest.fixture
+def own_base(tiny_base, tmp_path) -> Path:
+    """A copy of the tiny base to take things away from, in a folder of bases."""
+    return shutil.copytree(tiny_base, tmp_path / "bases" / "own")
+
+
+@pytest.fixture
+def nothing_downloaded(tmp_path, monkeypatch):
+    """What this machine has of real weights is no part of a test: neither weights/ nor a cache."""
+    monkeypatch.setattr("pixcell_min.base.REPOSITORY", tmp_path / "no-repository")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "no-cache"))
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ class Hub(ThreadingHTTPServer):
         self.token = None  # when set, all else is answered 401
         self.cut = {}      # file → bytes after which the connection closes; then 503 until emptied
         self.spoil = set()  # files whose content is not what their hash says
-        self.asked = []    # (method, file, for questions owner/name/file@revision, Range header)
+        self.asked = []    # (method, file or owner/name/file@revision, Range header)
         self.leaked = []   # tokens that came to the store
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -59,9 +59,10 @@ class Handler(BaseHTTPRequestHandler):
             return self.content(name, hub.files[repository, name], wanted_range, body)
         owner, model, _, revision, name = self.path.removeprefix("/").split("/", 4)
         repository = f"{owner}/{model}"
-        hub.asked.append(("GET" if body else "HEAD", f"{repository}/{name}@{revision}", wanted_range))
+        hub.asked.append(
+            ("GET" if body else "HEAD", f"{repository}/{name}@{revision}", wanted_range))
         if hub.token and self.headers.get("Authorization") != f"Bearer {hub.token}":
-            return self.head(401, {"X-Error-Message": "Invalid credentials in Authorization header"})
+            return self.head(401, {"X-Error-Message": "Invalid credentials"})
         if repository in hub.refuse:
             status, code = hub.refuse[repository]
             return self.head(status, {"X-Error-Code": code} if code else {})

@@ -5,7 +5,6 @@ import shutil
 import pytest
 import torch
 from conftest import write_base
-from huggingface_hub import constants
 from PIL import Image
 
 import pixcell_min
@@ -18,17 +17,7 @@ from pixcell_min.checkpoint import file_hash
 from pixcell_min.transformer import WEIGHTS_NAME
 
 
-@pytest.fixture(autouse=True)
-def nothing_downloaded(tmp_path, monkeypatch):
-    """What this machine has of real weights is no part of these tests."""
-    monkeypatch.setattr(module, "REPOSITORY", tmp_path / "no-repository")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "no-cache"))
-
-
-@pytest.fixture
-def own_base(tiny_base, tmp_path):
-    """A copy of the tiny base to take things away from, in a folder of bases."""
-    return shutil.copytree(tiny_base, tmp_path / "bases" / "own")
+pytestmark = pytest.mark.usefixtures("nothing_downloaded")
 
 
 def refusal(call, *arguments, **options):
@@ -107,6 +96,17 @@ def test_vae_weights_beside_a_snapshot(own_base, beside):
     assert vae_weights(own_base) == folder / WEIGHTS_NAME
     vae = load_pixcell_base(own_base).vae
     assert all(torch.equal(tensor, expected[name]) for name, tensor in vae.state_dict().items())
+
+
+def test_what_was_downloaded_into_the_repository_serves_a_base_elsewhere(own_base, monkeypatch):
+    repository = own_base.parent.parent / "repository"
+    monkeypatch.setattr(module, "REPOSITORY", repository)
+    for part, place in (("uni", "weights/uni2-h"), (f"vae/{WEIGHTS_NAME}",
+                                                    f"weights/sd3-vae/vae/{WEIGHTS_NAME}")):
+        (repository / place).parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(own_base / part, repository / place)
+    assert encoder_folder(own_base) == repository / "weights" / "uni2-h"
+    assert vae_weights(own_base) == repository / "weights" / "sd3-vae" / "vae" / WEIGHTS_NAME
 
 
 def test_the_encoder_beside_a_snapshot(own_base):

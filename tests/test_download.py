@@ -1,7 +1,9 @@
-"""Released weights from a hub on loopback: what is fetched, what resumes, what each refusal says."""
+"""Released weights from a hub on loopback: what is fetched, resumed, and what refusals say."""
 
 import errno
+import hashlib
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -13,7 +15,6 @@ from conftest import ROOT, TINY_ENCODER, write_base
 from hub import Hub
 from huggingface_hub import constants
 
-from pixcell_min import base as base_module
 from pixcell_min.base import find_base, load_pixcell_base
 from pixcell_min.checkpoint import file_hash, read_tensors
 from pixcell_min.released import RELEASES
@@ -35,7 +36,7 @@ def released(tmp_path_factory):
 
 
 @pytest.fixture
-def hub(released, monkeypatch, tmp_path):
+def hub(released, monkeypatch, tmp_path, nothing_downloaded):
     """A stand-in that holds all repositories, as huggingface_hub's endpoint; no token, no cache."""
     server = Hub()
     for name in ("pixcell-256", "pixcell-1024"):
@@ -48,10 +49,8 @@ def hub(released, monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE",
                         server.endpoint + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "no-cache"))
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "PIXCELL_BASE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(base_module, "REPOSITORY", tmp_path / "nowhere")
     yield server
     server.shutdown()
     server.server_close()
@@ -102,7 +101,7 @@ def test_three_downloads_make_a_base_that_loads(hub, released, tmp_path, capsys)
 
 def test_all_files_are_of_the_revision_of_the_first(hub, tmp_path):
     fetch("pixcell-256", to=tmp_path)
-    revisions = [name.split("@")[1] for method, name, _ in hub.asked if method == "HEAD" and "@" in name]
+    revisions = [name.split("@")[1] for method, name, _ in hub.asked if method == "HEAD"]
     assert revisions[0] == "main" and set(revisions[1:]) == {hub.commit}
     record = json.loads((tmp_path / "pixcell-256" / download.RECORD).read_text())
     assert record["revision"] == hub.commit and record["repository"] == PIXCELL.repository
@@ -142,6 +141,7 @@ def test_a_broken_transfer_goes_on_where_it_stopped(hub, tmp_path, capsys, monke
     hub.cut[WEIGHTS] = half
     text = refused(capsys, "pixcell-256", "--to", tmp_path)
     assert WEIGHTS in text and "the same command goes on where it stopped" in text
+    assert logging.getLogger("huggingface_hub").level == logging.ERROR  # its own warnings are long
     folder = tmp_path / "pixcell-256" / "transformer"
     assert not (folder / "diffusion_pytorch_model.safetensors").exists()
     part, = folder.glob(".*.part")
@@ -152,6 +152,17 @@ def test_a_broken_transfer_goes_on_where_it_stopped(hub, tmp_path, capsys, monke
     assert transfers(hub) == [(WEIGHTS, f"bytes={half}-")]
     assert (tmp_path / "pixcell-256" / WEIGHTS).read_bytes() == content
     assert not list(folder.glob(".*.part"))
+
+
+def test_parts_of_another_revision_and_too_long_ones_are_thrown_away(hub, tmp_path):
+    content = hub.files[PIXCELL.repository, WEIGHTS]
+    folder = tmp_path / "pixcell-256" / "transformer"
+    folder.mkdir(parents=True)
+    name = "diffusion_pytorch_model.safetensors"
+    (folder / f".{name}.{'0' * 64}.part").write_bytes(b"old")
+    (folder / f".{name}.{hashlib.sha256(content).hexdigest()}.part").write_bytes(content + b"more")
+    fetch("pixcell-256", to=tmp_path)
+    assert (folder / name).read_bytes() == content and not list(folder.glob(".*.part"))
 
 
 def test_a_wrong_hash_leaves_nothing(hub, tmp_path, capsys):
@@ -207,11 +218,29 @@ def test_no_room(hub, tmp_path, capsys, monkeypatch):
     assert "GB are still to come" in text and "--to" in text
 
 
-def test_a_disk_that_fills_up_meanwhile(hub, tmp_path, capsys, monkeypatch):
-    def full(*arguments, **options):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    monkeypatch.setattr(download, "http_get", full)
-    assert "the disk is full" in refused(capsys, "pixcell-256", "--to", tmp_path)
+@pytest.mark.parametrize("number, words", [
+    (errno.ENOSPC, "the disk is full"), (errno.EROFS, "cannot be written (Read-only file system)"),
+    (errno.EACCES, "cannot be written (Permission denied)"), (errno.EIO, "the transfer broke")])
+def test_a_disk_that_refuses(hub, tmp_path, capsys, monkeypatch, number, words):
+    def refuse(*arguments, **options):
+        raise OSError(number, os.strerror(number))
+    monkeypatch.setattr(download, "http_get", refuse)
+    assert words in refused(capsys, "pixcell-256", "--to", tmp_path)
+
+
+def test_an_interrupted_call_keeps_what_came(hub, tmp_path, capsys, monkeypatch):
+    def interrupted(url, file, **options):
+        file.write(b"{")
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(download, "http_get", interrupted)
+        assert download.main(["pixcell-256", "--to", str(tmp_path)]) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    first = PIXCELL.files[0]
+    assert not (tmp_path / "pixcell-256" / first).exists()
+    hub.asked.clear()
+    fetch("pixcell-256", to=tmp_path)
+    assert transfers(hub)[0] == (f"{PIXCELL.repository}/{first}", "bytes=1-")
 
 
 def test_a_folder_that_cannot_be_written(hub, tmp_path, capsys):
@@ -249,7 +278,8 @@ def test_the_command_itself_with_endpoint_and_token_of_the_environment(hub, tmp_
     command = [sys.executable, "-m", "pixcell_min.tools.download", "sd3-vae", "--to", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "sd3-vae" / VAE.files[0]).read_bytes() == hub.files[VAE.repository, VAE.files[0]]
+    file, = VAE.files
+    assert (tmp_path / "sd3-vae" / file).read_bytes() == hub.files[VAE.repository, file]
 
 
 # The hub's own cache

@@ -300,7 +300,8 @@ def without_gates(arguments, tiles, tiny_base, tmp_path):
     return flags[:at] + flags[at + 2:]
 
 
-def test_precomputed_files_train_without_encoder_and_vae(without_gates, tmp_path, tiny_base, capsys):
+def test_precomputed_files_train_without_encoder_and_vae(
+        without_gates, tmp_path, tiny_base, capsys, nothing_downloaded):
     assert train.main(without_gates) == 0
     assert "6 to train on, 2 held out; latents and embeddings in 1 variant" in capsys.readouterr().out
     named = json.loads((tmp_path / "run" / "tiles.json").read_text())

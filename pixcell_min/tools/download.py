@@ -80,26 +80,27 @@ def fetch(release: Release, folder: Path) -> None:
     revision, record = "main", {}
     for file in release.files:
         with plain_errors(release, file):
+            url = hf_hub_url(release.repository, file, revision=revision)
             try:
-                asked = get_hf_file_metadata(hf_hub_url(release.repository, file, revision=revision))
+                asked = get_hf_file_metadata(url)
             except OfflineModeIsEnabled:
                 return check_offline(release, folder)
             if not asked.commit_hash or not asked.size or not re.fullmatch(
                     r"[0-9a-f]{40}|[0-9a-f]{64}", asked.etag or ""):
-                raise ValueError(f"{release.repository}/{file}: the answer names no revision, size or "
-                                 "hash, so no hub gave it; look at HF_ENDPOINT and proxies")
+                raise ValueError(f"{release.repository}/{file}: the answer names no revision, size "
+                                 "or hash, so no hub gave it; look at HF_ENDPOINT and proxies")
             revision = asked.commit_hash  # of the first file: the others may not be newer
             target = folder / file
             if not (target.is_file() and blob_hash(target, asked.etag) == asked.etag):
-                transfer(hf_hub_url(release.repository, file, revision=revision), target, asked.size,
-                         asked.etag)
+                url = hf_hub_url(release.repository, file, revision=revision)
+                transfer(url, target, asked.size, asked.etag)
             record[file] = {"size": asked.size, "hash": asked.etag}
     write_text(folder / RECORD, json.dumps({
         "repository": release.repository, "revision": revision, "files": record}, indent=1) + "\n")
 
 
 def transfer(url: str, target: Path, size: int, expected_hash: str) -> None:
-    """Fetch `url` to a `.part` file beside `target`, from where an earlier try ended; check; rename.
+    """Fetch `url` to a `.part` file beside `target`, from where an earlier try ended; rename.
 
     Raises: ValueError if the disk has no room or the hash differs, what huggingface_hub raises if
     the transfer breaks; `target` is then as it was.
@@ -121,8 +122,8 @@ def transfer(url: str, target: Path, size: int, expected_hash: str) -> None:
         os.fsync(file.fileno())
     if (got := blob_hash(part, expected_hash)) != expected_hash:
         part.unlink()
-        raise ValueError(f"{target}: wrong hash, got {got[:12]}…, the hub says {expected_hash[:12]}…; "
-                         "what came was deleted, run the same command again")
+        raise ValueError(f"{target}: wrong hash, got {got[:12]}…, the hub says "
+                         f"{expected_hash[:12]}…; what came was deleted, run the command again")
     os.replace(part, target)
 
 
@@ -165,15 +166,16 @@ def plain_errors(release: Release, file: str):
     except HfHubHTTPError as error:  # GatedRepoError and others are kinds of it
         raise ValueError(f"{what}: {refusal(release, error)}") from None
     except HTTPError as error:
-        raise ValueError(f"{what}: no connection to the hub, or it broke ({error}); look at network, "
-                         f"proxy and HF_ENDPOINT; {again}") from None
+        raise ValueError(f"{what}: no connection to the hub, or it broke ({error}); look at "
+                         f"network, proxy and HF_ENDPOINT; {again}") from None
     except OSError as error:
+        place = error.filename or what
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ValueError(f"{error.filename or what}: the disk is full; free space, {again}, or "
-                             "choose another --to") from None
+            raise ValueError(f"{place}: the disk is full; free space ({again}) or choose another "
+                             "--to") from None
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            raise ValueError(f"{error.filename}: cannot be written ({error.strerror}); choose "
-                             "another --to") from None
+            raise ValueError(f"{place}: cannot be written ({error.strerror}); choose another "
+                             "--to") from None
         raise ValueError(f"{what}: the transfer broke ({error}); {again}") from None
 
 
