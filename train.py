@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from pixcell_min.adapter import EmbeddingAdapter
 from pixcell_min.base import features_hash, load_pixcell_base, read_vae_config, vae_weights
-from pixcell_min.config import Config, parse_train, read_yaml, to_yaml
+from pixcell_min.config import Config, parse_train, provenance, read_yaml, to_yaml
 from pixcell_min.data import find_tiles, split_tiles, spread
 from pixcell_min.ema import averaged, update_averages
 from pixcell_min.features import cached_images, encode_images
@@ -128,7 +128,7 @@ def train(config: Config, options, command) -> int:
 
     def save():
         save_state(run, identity, state, config.keep_states)
-        save_shared(run, state, {"base_hash": pipeline.base_hash, "base": str(config.base)})
+        save_shared(run, state, identity, provenance(config))
         draw_curve(run)
 
     with StopSignals() as stop, board or nullcontext():
@@ -164,7 +164,7 @@ def begin(run: Path, config: Config, options, command, identity, state, training
     load_state(run, identity, state, note)
     resume_run(run, session, to_yaml(config), state, note)
     if state.progress.step:  # a kill between the two files may have left them of different steps
-        save_shared(run, state, {"base_hash": identity["base_hash"], "base": str(config.base)})
+        save_shared(run, state, identity, provenance(config))
 
 
 def fit(config: Config, total: int, state: TrainingState, loss_of, batches_of, note, validate, draw,

@@ -187,6 +187,13 @@ def to_yaml(config: Config) -> str:
     return "".join(lines)
 
 
+def provenance(config: Config) -> dict:
+    """What a file to share tells of the settings: `base`, and {name: value} of all but folders."""
+    values = {name: getattr(config, name) for name, field in FIELDS.items()
+              if field.metadata["unit"] != "path"}
+    return {"base": config.base, "settings": values}
+
+
 def _described(field):
     return "{help} [{unit}]; {check.expected}".format(**field.metadata)
 
