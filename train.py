@@ -24,7 +24,7 @@ from pixcell_min.adapter import EmbeddingAdapter
 from pixcell_min.base import (feature_files, features_hash, load_pixcell_base, read_vae_config,
                               vae_weights)
 from pixcell_min.batches import draw_micro_batches, generator_for, group_by_class
-from pixcell_min.config import Config, changes, parse_train, read_yaml, to_yaml
+from pixcell_min.config import Config, changes, parse_train, provenance, read_yaml, to_yaml
 from pixcell_min.data import find_tiles, split_tiles, spread
 from pixcell_min.distributed import Processes, joined, lost
 from pixcell_min.ema import averaged, update_averages
@@ -167,7 +167,7 @@ def begin(run: Path, config: Config, options, command, identity, state, features
             load_state(run, identity, state, note)
             resume_run(run, session, to_yaml(config), state, note)
             if state.progress.step:  # a kill between two files may have left them of two steps
-                save_shared(run, state, provenance(config, identity))
+                save_shared(run, state, identity, provenance(config))
         else:
             start_run(run, options.overwrite, session, to_yaml(config), training, validation)
             save_state(run, identity, state, config.keep_states)  # from now on --resume works
@@ -178,15 +178,10 @@ def begin(run: Path, config: Config, options, command, identity, state, features
         state.load_state_dict(content, "process 0")
 
 
-def provenance(config: Config, identity) -> dict:
-    """What the files to share say of the base."""
-    return {"base_hash": identity["base_hash"], "base": str(config.base)}
-
-
 def save_run(run: Path, config: Config, identity, state) -> None:
     """State, files to share and loss curve."""
     save_state(run, identity, state, config.keep_states)
-    save_shared(run, state, provenance(config, identity))
+    save_shared(run, state, identity, provenance(config))
     draw_curve(run)
 
 

@@ -64,10 +64,11 @@ def measure(base, repeats, folder) -> dict:
 
     def save():
         runs.save_state(folder, IDENTITY, state, 2)
-        runs.save_shared(folder, state, {})
+        runs.save_shared(folder, state, IDENTITY, {})
 
     step()
     (folder / runs.METRICS).write_text("")
+    (folder / runs.RECORD).write_text(json.dumps({"sessions": [{"versions": machine()}]}))
     result = {"step_seconds": median_seconds(min(repeats, 5), step),
               "save_seconds": median_seconds(repeats, save)}
     result["load_seconds"] = median_seconds(

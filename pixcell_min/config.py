@@ -199,6 +199,13 @@ def changes(then: Config, now: Config) -> tuple[list[str], list[str]]:
             [lines[name] for name in changed if name in free])
 
 
+def provenance(config: Config) -> dict:
+    """What a file to share tells of the settings: `base`, and {name: value} of all but folders."""
+    values = {name: getattr(config, name) for name, field in FIELDS.items()
+              if field.metadata["unit"] != "path"}
+    return {"base": config.base, "settings": values}
+
+
 def _described(field):
     return "{help} [{unit}]; {check.expected}".format(**field.metadata)
 

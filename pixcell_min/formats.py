@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 from pixcell_min.checkpoint import read_json, read_tensors
-from pixcell_min.lora import PEFT_PREFIX, SETTINGS, check_state, install_lora, plain_linears
+from pixcell_min.lora import (PEFT_PREFIX, SETTINGS, check_settings, check_state, install_lora,
+                              plain_linears)
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -184,6 +185,8 @@ def _check(layers, state, model, path):
         sizes = {name: (linears[name].in_features, linears[name].out_features)
                  for name in layers if name in linears}
     check_state(state, {name: (*its, layers[name]["rank"]) for name, its in sizes.items()}, path)
+    for name, its in layers.items():
+        check_settings(f"{path}: {name}", its["rank"], its["alpha"], its["dropout"], "kaiming")
 
 
 def _rank(state, name):
@@ -263,6 +266,8 @@ def _read_kohya(tensors, model, path):
             raise ValueError(f"{path}: LoRA key {key!r} names no linear layer of the base, or is "
                              f"none of {', '.join(KOHYA_PARTS)}, alpha")
         if part == "alpha":
+            if tensor.numel() != 1:
+                raise ValueError(f"{path}: {key} is {tuple(tensor.shape)}, expected one number")
             alphas[full[short]] = tensor.item()
         else:
             state[f"{full[short]}.{KOHYA_PARTS[part]}"] = tensor

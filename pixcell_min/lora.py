@@ -28,9 +28,9 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base, rank, alpha, dropout=0.0, init="kaiming", use_rslora=False,
                  generator=None):
-        """`init` of A: kaiming U(±1/√in), gaussian N(0, std 1/R). Raises: ValueError as _check."""
+        """`init` of A: kaiming U(±1/√in), gaussian N(0, std 1/R). Raises: ValueError as check_settings."""
         super().__init__()
-        _check(type(base).__name__, rank, alpha, dropout, init)
+        check_settings(type(base).__name__, rank, alpha, dropout, init)
         # Drawn where the generator lives: a CPU generator gives one start for every device.
         drawn_on = getattr(generator, "device", "cpu")
         lora_A = torch.empty(rank, base.in_features, dtype=torch.float32, device=drawn_on)
@@ -102,7 +102,7 @@ def inject_lora(model, rank, alpha, targets=DEFAULT_TARGETS, within=("attn1", "a
     have (None: anywhere). blocks: values allowed for the first number in a path (None: any).
     exclude: full names to leave alone. rank_pattern, alpha_pattern: {full name or its end: value}
     that overrule rank and alpha, the longest match first. Raises: ValueError, with the model
-    untouched, if something named matches nothing, LoRA is there already, or _check refuses.
+    untouched, if something named matches nothing, LoRA is there already, or check_settings refuses.
     """
     rank_pattern, alpha_pattern = rank_pattern or {}, alpha_pattern or {}
     linears = plain_linears(model)
@@ -150,13 +150,14 @@ def _ends(name, end):
 def _install(model, arguments):
     """Wrap {name: LoRALinear's arguments}; checked first, so that a refusal leaves no trace."""
     for name, (rank, alpha, dropout, init, *_) in arguments.items():
-        _check(name, rank, alpha, dropout, init)
+        check_settings(name, rank, alpha, dropout, init)
     model.requires_grad_(False)
     for name, values in arguments.items():
         model.set_submodule(name, LoRALinear(model.get_submodule(name), *values))
 
 
-def _check(name, rank, alpha, dropout, init):
+def check_settings(name, rank, alpha, dropout, init) -> None:
+    """Raises: ValueError naming the layer `name` and what is no rank, alpha, dropout or init."""
     if type(rank) is not int or rank < 1:
         raise ValueError(f"{name}: LoRA rank must be an integer from 1, got {rank!r}")
     if not isinstance(alpha, (int, float)) or not 0 < alpha < math.inf:

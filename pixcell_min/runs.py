@@ -267,9 +267,16 @@ def kept(run: Path, error=None) -> str:
 # ---------------------------------------------------------------- files to share
 
 
-def save_shared(run: Path, state: TrainingState, provenance: dict) -> None:
-    """Write LoRA and adapter, and the pair of their averages; headers name base and step."""
-    header = {**provenance, "step": str(state.progress.step)}
+def save_shared(run: Path, state: TrainingState, identity: dict, provenance: dict) -> None:
+    """Write LoRA and adapter, and the pair of their averages.
+
+    Headers hold `provenance`, the hashes of base and data, step, and the newest session's versions.
+    """
+    versions = checkpoint.read_json(run / RECORD)["sessions"][-1]["versions"]
+    header = {**provenance, "base_hash": identity["base_hash"], "data_hash": identity["tiles"],
+              "step": state.progress.step, "versions": versions}
+    header = {key: value if isinstance(value, str) else json.dumps(value)
+              for key, value in header.items()}  # a header holds texts alone
     save_lora(state.transformer, run / LORA, header)
     save_adapter(state.adapter, run / ADAPTER, header)
     if state.averages:

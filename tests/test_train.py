@@ -22,7 +22,7 @@ from pixcell_min import training
 from pixcell_min.adapter import EmbeddingAdapter, load_adapter
 from pixcell_min.base import load_pixcell_base
 from pixcell_min.batches import Batch, draw_micro_batches
-from pixcell_min.checkpoint import read_tensors, save_tensors
+from pixcell_min.checkpoint import read_json, read_tensors, save_tensors
 from pixcell_min.config import Config, read_yaml
 from pixcell_min.data import find_tiles, fit_tile, read_tile
 from pixcell_min.features import DIHEDRAL, ENCODE_BATCH, Features, encode_images
@@ -48,6 +48,12 @@ def test_a_run_writes_its_files_and_they_load_again(arguments, tmp_path, capsys)
     assert [line["step"] for line in lines if "validation_loss" in line] == [0, 4]
     header = read_tensors(run / "lora_weights.safetensors")[1]
     assert header["base_hash"] == load_pixcell_base(train_base(arguments)).base_hash
+    session = read_json(run / "run.json")["sessions"][0]
+    assert json.loads(header["versions"]) == session["versions"] and header["step"] == "4"
+    assert header["data_hash"] == session["hashes"]["tiles"]
+    settings, folders = read_yaml(run / "config.yaml"), {"data", "features", "base", "out", "cache"}
+    assert json.loads(header["settings"]) == json.loads(json.dumps({
+        key: value for key, value in settings.items() if key not in folders}))  # lists for tuples
     assert load_adapter(run / "adapter.safetensors").fc1.in_features == 16
     grid = run / "samples" / "grid.png"
     assert read_settings(grid)["scheduler"] == "dpmpp_2m"
