@@ -103,7 +103,8 @@ def peft_twin(dtype=torch.float32, **config):
 
 THEIRS = [{}, {"use_rslora": True}, {"r": 1, "lora_alpha": 1}, {"r": 20, "lora_alpha": 3},
           {"target_modules": r".*attn2\.to_(q|v)"}, {"init_lora_weights": "gaussian"},
-          {"rank_pattern": {"attn2.to_v": 2, "to_q": 7}, "alpha_pattern": {"^transformer_blocks.1.*to_v": 9}}]
+          {"rank_pattern": {"attn2.to_v": 2, "to_q": 7}, "alpha_pattern": {"^transformer_blocks.1.*to_v": 9}},
+          {"alpha_pattern": {"to_out": 9, "o_v": 9, "attn1.to_q": 3, "to_q": 12}}]  # whole parts, the first that matches
 
 
 @pytest.mark.parametrize("config", THEIRS)

@@ -4,7 +4,9 @@ import pickle
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -12,6 +14,8 @@ import sample
 import train
 from conftest import ROOT, SHARED, write_base
 from pixcell_min.adapter import load_adapter, save_adapter
+from pixcell_min.exports import write_lora
+from pixcell_min.formats import read_lora
 from pixcell_min.images import read_settings
 
 
@@ -102,6 +106,39 @@ def test_lora_scale_zero_without_adapter_is_the_base(flags, run, tmp_path):
     assert images[0] == images[2] != images[1]
 
 
+def test_weighted_files_of_any_format_beside_a_run(flags, run, tmp_path, capsys):
+    """0.75 + 0.25 of one LoRA is that LoRA, up to rounding; --run still brings adapter and base."""
+    own = run / "lora_weights.safetensors"
+    write_lora(read_lora(own), tmp_path / "a:b", "peft")  # a colon of its own
+    write_lora(read_lora(own), tmp_path / "d.safetensors", "diffusers")
+    assert sample.main(flags) == 0
+    assert sample.main([*flags, "--lora", f"{tmp_path / 'a:b'}:0.75", "--lora",
+                        f"{tmp_path / 'd.safetensors'}:.25", "--out", str(tmp_path / "sum")]) == 0
+    assert sample.main([*flags, "--lora", f"{own}:0.75", "--out", str(tmp_path / "part")]) == 0
+    whole, summed, part = (np.asarray(Image.open(tmp_path / name / "0_seed0.png"), int)
+                           for name in ("out", "sum", "part"))
+    assert abs(whole - summed).max() <= 1 and abs(whole - part).max() > 1
+    settings = read_settings(tmp_path / "sum" / "0_seed0.png")
+    assert settings["lora_weights"] == [0.75, 0.25] and len(settings["lora_hash"]) == 3 * 64 + 2
+    assert capsys.readouterr().err.count("note:") == 0
+    bare = read_lora(own)
+    bare.header.clear()
+    write_lora(bare, tmp_path / "bare.safetensors", "native")
+    assert sample.main([*flags, "--lora", str(tmp_path / "bare.safetensors")]) == 0
+    assert "note: " in (error := capsys.readouterr().err) and "names no base_hash" in error
+    assert Image.open(tmp_path / "out" / "0_seed0.png").tobytes() == whole.astype("uint8").tobytes()
+
+
+@pytest.mark.parametrize("text, path, weight", [
+    ("a.safetensors", "a.safetensors", 1.0), ("a.safetensors:0.7", "a.safetensors", 0.7),
+    ("a:-1", "a", -1.0), ("x:y:1e-1", "x:y", 0.1), (r"C:\a.safetensors", r"C:\a.safetensors", 1.0),
+    ("here:2", "here:2", 1.0), ("here:2:0.5", "here:2", 0.5), (":2", ":2", 1.0), ("a:", "a:", 1.0)])
+def test_path_and_weight(text, path, weight, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here:2").write_text("")  # it exists as a whole
+    assert sample.weighted_path(text) == (Path(path), weight)
+
+
 def test_a_folder_keeps_its_class_folders(flags, run, tmp_path):
     assert sample.main([*flags, "--image", str(run.parent / "tiles")]) == 0
     assert (tmp_path / "out" / "TUM" / "3_seed0.png").exists()
@@ -173,7 +210,8 @@ def test_two_tiles_of_one_name_are_refused(flags, run, tmp_path, capsys):
 
 @pytest.mark.parametrize("extra", [
     ["--steps", "0"], ["--steps", "1001"], ["--num-images", "0"], ["--seed", "-1"],
-    ["--scheduler", "heun"], ["--lora-scale", "nan"], ["--guidance-scale", "-1"]])
+    ["--scheduler", "heun"], ["--lora-scale", "nan"], ["--guidance-scale", "-1"],
+    ["--lora", "a.safetensors:11"], ["--lora", "a.safetensors:nan"]])
 def test_flags_out_of_range_exit_2(extra, flags, capsys):
     with pytest.raises(SystemExit) as stop:
         sample.main([*flags, *extra])
