@@ -169,14 +169,17 @@ MEASURES = {
 
 
 def measure(name: str, weights: Path, repeats: int) -> dict:
-    """Seconds of each timed call, and how far memory grew above that of the imports, in MB."""
+    """Seconds of each timed call, and how far memory grew above that of the imports, in MB.
+
+    repeats 0: of the first call, not warmed up.
+    """
     imported, seconds = memory("VmRSS"), []
     run = MEASURES[name](weights)
     for _ in range(repeats + 1):
         began = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - began)
-    return {"seconds": statistics.median(seconds[1:]), "all_seconds": seconds[1:],
+    return {"seconds": statistics.median(seconds[1:] or seconds), "all_seconds": seconds[1:],
             "first_seconds": seconds[0], "peak_mb": memory("VmHWM") - imported,
             "imported_mb": imported}
 
@@ -210,7 +213,7 @@ def main(argv=None) -> int:
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "full_size",
                         help="folder for weights and unfinished results")
     parser.add_argument("--out", type=Path, help="JSON file to write; default: by the CPU's name")
-    parser.add_argument("--repeats", type=int, default=3, help="timed calls of each measure")
+    parser.add_argument("--repeats", type=int, default=3, help="timed calls of each measure; 0: the first alone")
     parser.add_argument("--only", nargs="+", choices=MEASURES, metavar="MEASURE", default=MEASURES)
     parser.add_argument("--note", help="a sentence for the file, e.g. what else ran meanwhile")
     parser.add_argument("--keep", action="store_true", help="do not delete the weights at the end")

@@ -23,7 +23,12 @@ def weights(tmp_path_factory):
 @pytest.mark.parametrize("name", full_size.MEASURES)
 def test_each_measure_runs(weights, name):
     result = full_size.measure(name, weights, repeats=1)
-    assert len(result["all_seconds"]) == 1 and result["seconds"] > 0 and result["peak_mb"] >= 0
+    assert result["all_seconds"] == [result["seconds"]] and result["seconds"] > 0 and result["peak_mb"] >= 0
+
+
+def test_without_repeats_the_first_call_counts(weights):
+    result = full_size.measure("load vae, bf16", weights, repeats=0)
+    assert result["seconds"] == result["first_seconds"] > 0 and result["all_seconds"] == []
 
 
 def test_a_run_is_one_file_and_leaves_no_weights(tmp_path, monkeypatch):
