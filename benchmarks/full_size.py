@@ -71,6 +71,11 @@ def loading(part: str, dtype: torch.dtype, weights: Path):
     return lambda: [tensor.sum() for tensor in load().state_dict().values()]
 
 
+def opening(weights: Path):
+    """PixCell-256 as the scripts open it: mapped, not yet read by the network, its file hashed."""
+    return lambda: load_pixcell_base(weights / SMALL, "cpu", "no")
+
+
 def training(name: str, precision: str, batch_size: int, checkpointing: bool, weights: Path):
     """An optimizer step of LoRA and adapter, one micro-batch."""
     pipeline = load_pixcell_base(weights / name, "cpu", precision)
@@ -154,6 +159,7 @@ WORDS = {"float32": ("no", torch.float32), "bf16": ("bf16", torch.bfloat16)}
 MEASURES = {
     **{f"load {part}, {word}": partial(loading, part, dtype)
        for part in ("transformer", "vae", "encoder") for word, (_, dtype) in WORDS.items()},
+    "open base 256, float32": opening,
     **{f"train 256, batch {batch}, {word}": partial(training, SMALL, precision, batch, False)
        for word, (precision, _) in WORDS.items() for batch in (1, 4)},
     **{f"sample 256, {STEPS} steps, {word}": partial(sampling, precision)
@@ -169,14 +175,17 @@ MEASURES = {
 
 
 def measure(name: str, weights: Path, repeats: int) -> dict:
-    """Seconds of each timed call, and how far memory grew above that of the imports, in MB."""
+    """Seconds of each timed call, and how far memory grew above that of the imports, in MB.
+
+    repeats 0: of the first call, not warmed up.
+    """
     imported, seconds = memory("VmRSS"), []
     run = MEASURES[name](weights)
     for _ in range(repeats + 1):
         began = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - began)
-    return {"seconds": statistics.median(seconds[1:]), "all_seconds": seconds[1:],
+    return {"seconds": statistics.median(seconds[1:] or seconds), "all_seconds": seconds[1:],
             "first_seconds": seconds[0], "peak_mb": memory("VmHWM") - imported,
             "imported_mb": imported}
 
@@ -205,12 +214,20 @@ def measure_apart(name: str, options) -> dict:
     return {**json.loads(done.stdout.splitlines()[-1]), "load_average": load}
 
 
+def table(result: dict) -> str:
+    """The measures as a Markdown table, as the README has it."""
+    lines = ["| measure | seconds | peak memory, GB |", "|---|---|---|"]
+    return "\n".join(lines + [
+        f"| {name} | {its['seconds']:.3g} | {its['peak_mb'] / 1e3:.2f} |"
+        for name, its in result["measures"].items() if "failed" not in its]) + "\n"
+
+
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "full_size",
                         help="folder for weights and unfinished results")
     parser.add_argument("--out", type=Path, help="JSON file to write; default: by the CPU's name")
-    parser.add_argument("--repeats", type=int, default=3, help="timed calls of each measure")
+    parser.add_argument("--repeats", type=int, default=3, help="timed calls of each measure; 0: the first alone")
     parser.add_argument("--only", nargs="+", choices=MEASURES, metavar="MEASURE", default=MEASURES)
     parser.add_argument("--note", help="a sentence for the file, e.g. what else ran meanwhile")
     parser.add_argument("--keep", action="store_true", help="do not delete the weights at the end")
@@ -236,10 +253,10 @@ def main(argv=None) -> int:
                 key: its for key, its in results.items() if "failed" not in its}}))
     cpu = re.sub(r"\W+", "_", settings["machine"]["cpu"]).strip("_").lower()
     out = options.out or ROOT / "benchmarks" / "results" / f"full_size_{cpu}.json"
-    write_text(out, json.dumps({
-        **settings, "note": options.note, "measures": {
-            name: results[name] for name in MEASURES if name in results}}, indent=1) + "\n")
-    print(out)
+    result = {**settings, "note": options.note, "measures": {
+        name: results[name] for name in MEASURES if name in results}}
+    write_text(out, json.dumps(result, indent=1) + "\n")
+    print(f"{table(result)}\n{out}")
     if any("failed" in its for its in results.values()):
         return 1
     finished.unlink(missing_ok=True)

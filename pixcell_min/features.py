@@ -27,7 +27,7 @@ from pixcell_min.data import Tile, image_to_tensor, load_tiles
 DIHEDRAL = (None, *Image.Transpose)  # the identity and Pillow's 7 turns and mirrorings
 CACHE_VERSION = 2  # raise it whenever the same input would give other features
 ENCODE_BATCH = 4  # images a call; networks may round differently in another: see CACHE_VERSION
-ONE_BY_ONE_ABOVE = 512  # px: whole, as PixCell-1024's were; four at once would take the VAE 13 GB
+ONE_BY_ONE_ABOVE = 512  # px: four tiles of 1024 px at once would take the VAE about 13 GB
 SHARD_BYTES = 2**24  # a shard is written when it holds so much: what a kill can lose
 ATTEMPTS = 3  # at tiles that others rewrite while they are encoded
 LEFT_OVER = 3600.0  # seconds: an unfinished file of this age is no other run's, but a killed one's

@@ -7,7 +7,7 @@ A file must not be written to in place while a network uses it; replacing it by 
 
 from pixcell_min.checkpoint import load_strict, read_tensors
 
-GROUP_BYTES = 2**28  # of the file, mapped at a time while it is converted
+GROUP_BYTES = 2**27  # of the file, mapped at a time while it is converted
 
 
 def load_weights(module, path) -> None:

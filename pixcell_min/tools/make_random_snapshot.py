@@ -41,7 +41,7 @@ BIAS = 0.02  # standard deviation of biases
 
 
 def main(argv=None) -> int:
-    """Run the command line; returns the exit code: 0, or 2 after a one-line error."""
+    """Run the command line; → exit code: 0, 2 after a one-line error, 130 after Ctrl-C."""
     parser = OneLineParser(prog="make_random_snapshot", description=__doc__.split("\n")[0])
     parser.add_argument("model", type=one_of(*TRANSFORMERS), help=" or ".join(TRANSFORMERS))
     parser.add_argument("out", type=Path, help="folder to write the three folders to")
@@ -55,6 +55,10 @@ def main(argv=None) -> int:
     except ValueError as error:
         print(f"make_random_snapshot: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("make_random_snapshot: interrupted; finished files are kept, the same command writes "
+              "the others", file=sys.stderr)
+        return 130
     print(f"random weights; use them with --base {base}")
     return 0
 
