@@ -3,10 +3,10 @@
     python -m pixcell_min.tools.parity            prints it
     python -m pixcell_min.tools.parity --write    writes tests/parity.md and tests/parity.json
 
-It stands here, not in the package, because the references (diffusers, peft, timm, accelerate) are
-imported by tests and benchmarks alone. Networks are tiny and random; only the rows from embedding to
-image use the embedded base, a trained denoiser. Errors vary in their last digits with machine and
-threads; `facts` is what does not: test_certificate.py fails when that differs from the file.
+It stands here, not in the package, because the references (diffusers, peft, accelerate) are
+imported by tests and benchmarks alone. Networks are tiny and random; only the rows from embedding
+to image use the embedded base, a trained denoiser. Errors vary in their last digits with machine
+and threads; `facts` is what does not: test_certificate.py fails when it differs from the file.
 """
 
 import json
@@ -21,7 +21,6 @@ import timm
 import torch
 from diffusers import PixArtSigmaPipeline
 from peft import LoraConfig, get_peft_model
-from PIL import Image
 from references import (
     AS_OURS, BETAS, LATENT_SCALE, LATENT_SHIFT, adapter_by_hand, by_hand, call, copy_lora,
     diffusers_vae_of, gradient_error, lora_twins, pixart, pixart_of, randn, transformer_twins,
@@ -91,7 +90,7 @@ def of(package, what) -> str:
 
 
 def transformer_rows():
-    """Outputs for 1 and 16 tokens, square and not; gradients; outputs recorded of the released class."""
+    """Outputs for 1 and 16 tokens, square and not; gradients; the released class's, recorded."""
     reference = of("diffusers", "PixArtTransformer2DModel")
     for tokens in (1, 16):
         for size in ((8, 8), (4, 10)):
@@ -206,10 +205,11 @@ def adapter_rows():
     adapter, x = random_adapter(24), 5 * randn(6, 1, 24)
     weights = {name: p.detach().clone().requires_grad_() for name, p in adapter.named_parameters()}
     pair = adapter(x), adapter_by_hand(x, weights)
-    yield compare("adapter", "output", "its equation in plain torch", [pair], SAME_MATHS, "relative")
+    reference = "its equation in plain torch"
+    yield compare("adapter", "output", reference, [pair], SAME_MATHS, "relative")
     for output in pair:
         output.square().mean().backward()
-    yield compare("adapter", "gradients", "its equation in plain torch",
+    yield compare("adapter", "gradients", reference,
                   [(p.grad, weights[name].grad) for name, p in adapter.named_parameters()],
                   SAME_MATHS, "relative")
 
@@ -221,7 +221,8 @@ def scheduler_rows():
     """Timesteps, and a loop of 20 steps with one fixed output a step; noise of training."""
     for name, eta in (*((name, 0.0) for name in SAMPLERS), ("ddim", 0.5)):
         kind, options = AS_OURS[name]
-        theirs, ours = kind(**BETAS, **options), build_scheduler(name, NoiseSchedule.linear(), eta=eta)
+        theirs = kind(**BETAS, **options)
+        ours = build_scheduler(name, NoiseSchedule.linear(), eta=eta)
         theirs.set_timesteps(20)
         what, reference = f"{name}{f', eta {eta}' if eta else ''}", of("diffusers", kind.__name__)
         rows, x0 = ours.steps(20), None
@@ -249,14 +250,13 @@ def scheduler_rows():
 def guidance_rows():
     """Ten guided steps of a random network, guided by hand over a scheduler of diffusers."""
     ours, theirs = transformer_twins(1, 8, 0.5)
-    theirs_called = as_pixcell(theirs, ours.uncond_embedding)
+    network, (kind, options) = as_pixcell(theirs, ours.uncond_embedding), AS_OURS["ddim"]
     for scale in (1.5, 4.0):
         generators = [torch.Generator().manual_seed(11) for _ in range(2)]
-        kind, options = AS_OURS["ddim"]
         condition = randn(1, 1, 20, seed=2)
         mine = denoise(ours, build_scheduler("ddim", NoiseSchedule.linear()), condition,
                        generators[0], num_inference_steps=10, guidance_scale=scale)
-        peer = by_hand(theirs_called, kind(**BETAS, **options), condition, generators[1], 10, scale, 0)
+        peer = by_hand(network, kind(**BETAS, **options), condition, generators[1], 10, scale, 0)
         yield compare("guidance", f"scale {scale}, ddim, latents after 10 steps",
                       of("diffusers", "PixArtTransformer2DModel, DDIMScheduler"), [(mine, peer)],
                       LOOP, "relative")
@@ -372,15 +372,16 @@ def markdown(result) -> str:
     versions = ", ".join(f"{name} {its}" for name, its in result["versions"].items())
     failed = sum(row["verdict"] == "FAILS" for row in result["rows"])
     lines = ["# Parity certificate", "",
-             "Written by `python -m pixcell_min.tools.parity --write`; a test fails when it is stale.",
+             "Written by `python -m pixcell_min.tools.parity --write`; a test fails when it is "
+             "stale.",
              f"float32 on a CPU, {versions}.", "",
              f"{len(result['rows'])} rows, {failed} of them fail. Relative: the largest error over "
              "the reference's largest value.", "",
              f"| {' | '.join(HEADERS)} |", "|" + "---|" * len(HEADERS)]
     for its in result["rows"]:
         bound = "equal" if its["tolerance"] == 0 else f"{its['tolerance']:g} {its['kind']}"
-        lines.append(f"| {its['component']} | {its['case']} | {its['reference']} | "
-                     f"{its['absolute']:.1e} | {its['relative']:.1e} | {bound} | {its['verdict']} |")
+        lines.append("| {component} | {case} | {reference} | {absolute:.1e} | {relative:.1e} | "
+                     "{bound} | {verdict} |".format(bound=bound, **its))
     return "\n".join(lines) + "\n"
 
 

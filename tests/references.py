@@ -172,7 +172,7 @@ def gradient_error(ours, theirs):
 
 
 def adapter_by_hand(x, weights):
-    """The adapter's equation in plain torch; weights: {fc1.weight, fc1.bias, fc2.weight, fc2.bias}."""
+    """The adapter's equation in plain torch; weights: its four tensors by name."""
     size = (x**2).mean(-1, keepdim=True) ** 0.5
     hidden = torch.nn.functional.gelu(x / size @ weights["fc1.weight"].T + weights["fc1.bias"])
     return x + size * (hidden @ weights["fc2.weight"].T + weights["fc2.bias"])

@@ -35,8 +35,9 @@ def of_run(run, capsys, *flags):
 
 
 def layer(rank=4, out=12, alpha=6.0):
-    wrapped = LoRALinear(nn.Linear(20, out), rank, alpha, generator=torch.Generator().manual_seed(0))
-    nn.init.normal_(wrapped.lora_B, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(0)
+    wrapped = LoRALinear(nn.Linear(20, out), rank, alpha, generator=generator)
+    nn.init.normal_(wrapped.lora_B, generator=generator)
     return wrapped
 
 
@@ -87,12 +88,14 @@ def test_every_parameter_is_counted_once_and_called_what_it_is(run, capsys):
         assert sum(row["parameters"] for row in rows if row["trainable"]) == totals["trainable"]
         assert {row["dtype"] for row in rows} == {"float32"}
     assert list(result["totals"]) == ["transformer", "vae", "encoder", "adapter"]
-    assert {row["kind"] for row in result["modules"] if row["trainable"]} == {"LoRALinear", "Linear"}
+    kinds = {row["kind"] for row in result["modules"] if row["trainable"]}
+    assert kinds == {"LoRALinear", "Linear"}
     # As test_train.py: 1,536 of LoRA, 148 of the adapter; the null embedding is a buffer of 16.
     assert [result["totals"][part]["trainable"] for part in result["totals"]] == [1536, 0, 0, 148]
     assert result["totals"]["transformer"]["buffers"] == 16
     assert audit.main(["--run", str(run)]) == 0
-    assert "1,684 of 59,252 parameters of transformer and adapter, 2.84 %" in capsys.readouterr().out
+    line = "1,684 of 59,252 parameters of transformer and adapter, 2.84 %"
+    assert line in capsys.readouterr().out
 
 
 def test_files_record_and_tiles(run, capsys, arguments):

@@ -1,8 +1,8 @@
-"""The same training twice: diffusers' PixArt + peft + accelerate, and ours; float32, one thread of draws.
+"""The same training twice: diffusers' PixArt + peft + accelerate, and ours; float32.
 
 Both get the same weights, batches (latents, noise, timesteps, dropped conditions), rates and
-clipping. The other side is written as its users write it: `accumulate`, `backward`, `clip_grad_norm_`,
-DDPMScheduler.add_noise, mean squared error on epsilon, cosine schedule of diffusers.
+clipping. The other side is written as its users write it: `accumulate`, `backward`,
+`clip_grad_norm_`, DDPMScheduler.add_noise, mean squared error on epsilon, diffusers' cosine.
 """
 
 from copy import deepcopy

@@ -43,7 +43,8 @@ def parse_audit(argv=None):
     """Command line → options. Raises: SystemExit(2) after one line for a wrong flag or value."""
     parser = OneLineParser(prog="audit", description="List what is in a base and a run: "
                            "parameters, updates, gradients, files, hashes, licences.")
-    parser.add_argument("--base", help="base folder; default: the run's, else $PIXCELL_BASE, else nano")
+    parser.add_argument("--base",
+                        help="base folder; default: the run's, else $PIXCELL_BASE, else nano")
     parser.add_argument("--run", type=Path, help="run folder of train.py")
     parser.add_argument("--ema", action="store_true",
                         help="the run's averaged weights (train.py --ema-decay)")
@@ -207,9 +208,9 @@ def measure_effects(transformer) -> dict[str, float]:
     """{projection: largest change of the output, relative to its largest value}.
 
     In all blocks at once, noise as large as the weights is added to a projection's weights, at one
-    fixed random input; the weights are then put back. "whole softmax" is computed without the short
-    cut that the network takes for a single token: what to_q's noise changes in the first block's
-    attn2 then. "short cut" is how far that whole softmax is from the short cut. Both: one token only.
+    fixed random input; the weights are then put back. For one token alone: "whole softmax" is what
+    to_q's noise changes in the first block's attn2 without the short cut that the network takes,
+    "short cut" how far the short cut is from the whole softmax.
     """
     config, generator = transformer.config, torch.Generator().manual_seed(0)
     latents, tokens = (torch.randn(1, *shape, generator=generator) for shape in (

@@ -1,4 +1,4 @@
-"""What `audit` found, for people: lines of text and a heat map of the updates, drawn with Pillow."""
+"""What `audit` found, for people: lines of text; a heat map of the updates, drawn with Pillow."""
 
 import re
 
@@ -74,13 +74,12 @@ def lora_lines(result) -> list[str]:
          f"{its['effective_rank']:.2f}", *(_seen(its["gradient_seen"][part]) for part in "AB"))
         for its in lora["layers"])])
     lines += ["", "Norms are Frobenius norms. Effective rank: exp of the entropy of σ/Σσ, σ the",
-              "singular values of ΔW (Roy & Vetterli 2007): 1 one direction, rank all alike, 0 none.",
-              "Gradients: the share of numbers whose second moment in AdamW is above 0, after step "
-              f"{result['state_step']}.", "0 %: dead, no gradient ever arrived, so nothing was "
-              "learnt there; how good what was learnt", "is it does not tell. After one step A is "
-              "dead everywhere: B, zero until then, hid it."
-              ] if result["state_step"] else ["", "Gradients: unknown, there is no saved state with "
-                                              "a step in it."]
+              "singular values of ΔW (Roy & Vetterli 2007): 1 one direction, the rank all alike."]
+    lines += [f"Gradients until step {result['state_step']}: seen where AdamW's second moment, an "
+              "average of squared", "gradients, is above 0; dead where it is 0: no gradient ever "
+              "arrived, nothing was learnt there.", "Whether what was learnt is good it does not "
+              "tell. After one step A is dead: B, still zero, hid it."
+              ] if result["state_step"] else ["Gradients: unknown, no state with a step is saved."]
     if result["settings"]["learning_rate"] == 0:
         lines.append("LoRA's rate was 0: it stands where it began.")
     return lines + ([f"Not adapted: {len(lora['inert'])} layers that cannot change the image, "
@@ -101,8 +100,8 @@ def adapter_lines(result) -> list[str]:
     """How far it moves an embedding; norms and gradients of its tensors."""
     adapter = result["adapter"]
     what = {"random": "random embeddings, N(0, 1)", "held_out": "held-out tiles' embeddings"}
-    lines = [f"{adapter['embedding']} → {adapter['hidden']} → {adapter['embedding']}; distance from "
-             "the identity |adapter(x) − x| / |x|:"]
+    lines = ["{embedding} → {hidden} → {embedding}; distance from the identity |adapter(x) − x| / "
+             "|x|:".format(**adapter)]
     for name, its in adapter["distance"].items():
         lines.append(f"  mean {_percent(its['mean'])}, largest {_percent(its['max'])} over "
                      f"{its['n']} {what[name]}")
@@ -198,8 +197,8 @@ def heat_map(layers, blocks: int, title: str) -> Image.Image:
     for block in range(blocks):
         draw.text(((MARGIN - 8) * scale, (62 + CELL_HEIGHT * block + CELL_HEIGHT // 2) * scale),
                   f"block {block}", "black", small, anchor="rm")
-    draw.text((width * scale // 2, (height - 22) * scale),
-              "Frobenius norm of the update in % of the weight's; grey: no LoRA", "#555555", small, anchor="mm")
+    draw.text((width * scale // 2, (height - 22) * scale), "Frobenius norm of the update in % of "
+              "the weight's; grey: no LoRA", "#555555", small, anchor="mm")
     return figure.resize((width, height), Image.Resampling.LANCZOS)
 
 

@@ -3,8 +3,8 @@
     python -m pixcell_min.tools.parity
     python -m pixcell_min.tools.parity --write
 
-The comparison is `tests/certificate.py` of a checkout: no module of the package imports a reference,
-this one neither. It says what is missing, then hands the flags on.
+The comparison is `tests/certificate.py` of a checkout, for no module of the package imports a
+reference, this one neither. It says what is missing, then hands the flags on.
 """
 
 import runpy
@@ -18,7 +18,7 @@ NEEDED = ("diffusers", "peft", "accelerate", "timm", "torchvision", "pytest")
 
 
 def main(argv=None) -> int:
-    """Run the command line; returns the exit code: 0, 1 if a row fails, 2 after a one-line error."""
+    """Run the command line; → exit code: 0, 1 if a row fails, 2 after a one-line error."""
     missing = [name for name in NEEDED if find_spec(name) is None]
     if not CERTIFICATE.is_file():
         line = f"{CERTIFICATE}: not here; the certificate needs a checkout of the repository"
