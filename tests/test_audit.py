@@ -11,7 +11,7 @@ from torch import nn
 import train
 from conftest import write_base
 from pixcell_min.adapter import EmbeddingAdapter
-from pixcell_min.checkpoint import file_hash, read_tensors
+from pixcell_min.checkpoint import file_hash, save_state
 from pixcell_min.images import read_settings
 from pixcell_min.lora import LoRALinear
 from pixcell_min.tools import audit
@@ -130,6 +130,24 @@ def test_gradients_dead_and_seen(arguments, tmp_path, capsys):
     assert {its["gradient_seen"]["A"] for its in result["lora"]["layers"]} == {None}
 
 
+def test_a_foreign_state_tells_no_gradients(run, capsys):
+    save_state(run / "states", 9, {"weight": torch.zeros(2)}, 1)
+    result = of_run(run, capsys)
+    assert result["state_step"] is None and "not the state of a run" in result["notes"][0]
+    assert audit.main(["--run", str(run)]) == 0
+    assert "Gradients: unknown" in capsys.readouterr().out
+
+
+def test_a_held_out_tile_that_was_changed_is_left_out(run, capsys):
+    tiles = json.loads((run / "tiles.json").read_text())["validation"]
+    Image.new("RGB", (64, 64)).save(tiles[0]["path"])
+    assert of_run(run, capsys)["adapter"]["distance"]["held_out"]["n"] == 1
+    Image.new("RGB", (64, 64)).save(tiles[1]["path"])
+    assert "held_out" not in of_run(run, capsys)["adapter"]["distance"]
+    assert audit.main(["--run", str(run)]) == 0
+    assert "held-out tiles: none" in capsys.readouterr().out
+
+
 def test_averaged_weights_are_audited_on_demand(arguments, tmp_path, capsys):
     assert train.main([*arguments, "--ema-decay", "0.5"]) == 0
     norms = [of_run(tmp_path / "run", capsys, *flags)["lora"]["layers"][0]["norm"]
@@ -232,6 +250,9 @@ BAD = {
     "figure of another kind": (["--run", "RUN", "--figure", "a.jpg"], "ending in .png"),
     "broken LoRA": (["--run", "RUN"], "truncated or not a safetensors file"),
     "broken record": (["--run", "RUN"], "is not as train.py writes it"),
+    "no session": (["--run", "RUN"], "is not as train.py writes it"),
+    "broken versions": (["--run", "RUN"], "is not as train.py writes it"),
+    "broken tiles": (["--run", "RUN"], "is not as train.py writes it"),
     "another base": (["--run", "RUN", "--base", "BASE"], "load the base it was trained on"),
 }
 
@@ -240,11 +261,16 @@ BAD = {
 def test_bad_input_is_one_line(case, run, tmp_path, capsys, monkeypatch):
     flags, expected = BAD[case]
     if case == "broken LoRA":
-        tensors, _ = read_tensors(run / "lora_weights.safetensors")
         content = (run / "lora_weights.safetensors").read_bytes()
         (run / "lora_weights.safetensors").write_bytes(content[:-100])
-    elif case == "broken record":
-        (run / "run.json").write_text('{"sessions": [{}]}')
+    elif case in ("broken record", "no session"):
+        (run / "run.json").write_text(json.dumps({"sessions": [{}] * (case == "broken record")}))
+    elif case == "broken versions":
+        record = json.loads((run / "run.json").read_text())
+        record["sessions"][0]["versions"] = "torch"
+        (run / "run.json").write_text(json.dumps(record))
+    elif case == "broken tiles":
+        (run / "tiles.json").write_text('{"training": [], "validation": [{"path": 3}]}')
     elif case == "another base":
         write_base(tmp_path / "base", seed=5)
     flags = [{"RUN": str(run), "BASE": str(tmp_path / "base")}.get(flag, flag) for flag in flags]

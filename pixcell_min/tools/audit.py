@@ -107,6 +107,7 @@ def audit(base=None, run: Path | None = None, ema: bool = False) -> dict:
             seen, step = gradients_seen(run)
         except ValueError as error:  # of another version of the code: all else can be told
             notes.append(f"gradients unknown: {error}")
+        record, held_out = read_record(run)
         size = transformer.config.sample_size * 8
         result |= {
             "lora": {"layers": [{"name": name, **update_of(layer), "gradient_seen": {
@@ -114,10 +115,10 @@ def audit(base=None, run: Path | None = None, ema: bool = False) -> dict:
                         for name, layer in lora_layers(transformer).items()],
                      "inert": transformer.inert_layers()},
             "adapter": {**distance_from_identity(adapter, held_out_embeddings(
-                            run, parts.get("encoder"), size, settings["tile_fit"])),
+                            held_out, parts.get("encoder"), size, settings["tile_fit"])),
                         "gradient_seen": {name: seen.get(name) for name in adapter.state_dict()}},
-            "state_step": step, "settings": settings, **read_record(run)}
-        paths += [path for path in state_files(run)[:1]] + [*shared]
+            "state_step": step, "settings": settings, **record}
+        paths += [*state_files(run)[:1], *shared]
     return result | {
         "modules": [row for part, network in parts.items() for row in modules_of(part, network)],
         "totals": {part: totals_of(network) for part, network in parts.items()},
@@ -192,7 +193,9 @@ def gradients_seen(run: Path) -> tuple[dict[str, float], int]:
     was 0 (or below 1e-21, whose square float32 loses). ({}, step) if no step was made yet.
     Raises: ValueError if there is no intact state.
     """
-    state = load_newest_state(run / STATES, None)[0]
+    state, path, _ = load_newest_state(run / STATES, None)
+    if not {"optimizer", "lora", "adapter", "progress"} <= state.keys():
+        raise ValueError(f"{path}: not the state of a run of train.py")
     moments = state["optimizer"]["state"]
     names = [*state["lora"], *state["adapter"]]  # the optimizer's order
     seen = {name: (moments[i]["exp_avg_sq"] > 0).double().mean().item() if i in moments else 0.0
@@ -273,12 +276,12 @@ def distance_from_identity(adapter, embeddings) -> dict:
             "norms": {name: p.norm().item() for name, p in adapter.named_parameters()}}
 
 
-def held_out_embeddings(run: Path, encoder, size: int, how: str):
-    """Embeddings (n, S, E) of up to MAX_TILES held-out tiles that are still here; None: of none."""
-    held_out = read_json(run / TILES).get("validation", [])
-    paths = [Path(entry["path"]) for entry in held_out
+def held_out_embeddings(held_out, encoder, size: int, how: str):
+    """Embeddings (n, S, E) of the first MAX_TILES held-out tiles, without those that are gone or
+    changed; None: of none. held_out: [{path, hash}] of tiles.json."""
+    paths = [Path(entry["path"]) for entry in held_out[:MAX_TILES]
              if Path(entry["path"]).is_file() and Path(entry["path"]).suffix != ".npy"
-             and file_hash(entry["path"]) == entry["hash"]][:MAX_TILES]
+             and file_hash(entry["path"]) == entry["hash"]]
     if encoder is None or not paths:
         return None
     return torch.cat([encoder(fit_tile(read_tile(path), size, how)) for path in paths])
@@ -295,16 +298,23 @@ def describe_file(path: Path) -> dict:
             "stored": dict(stored)}
 
 
-def read_record(run: Path) -> dict:
-    """Sessions of run.json and how many tiles were trained on and held out. Raises: ValueError."""
+def read_record(run: Path) -> tuple[dict, list[dict]]:
+    """(sessions of run.json, numbers of tiles; tiles.json's held-out tiles). Raises: ValueError."""
     record, tiles = read_json(run / RECORD), read_json(run / TILES)
     try:
-        return {"sessions": [{key: session[key] for key in (
-                    "from_step", "started", "command", "seed", "precision", "hashes", "versions")}
-                    for session in record["sessions"]],
-                "tiles": {name: len(tiles[name]) for name in ("training", "validation")}}
+        sessions = [{key: session[key] for key in (
+            "from_step", "started", "command", "seed", "precision", "hashes", "versions")}
+            for session in record["sessions"]]
+        named = {name: [{key: str(entry[key]) for key in ("path", "hash")} for entry in entries]
+                 for name, entries in tiles.items()}
+        sound = sessions and named.keys() == {"training", "validation"} and all(
+            isinstance(its[key], dict) for its in sessions for key in ("hashes", "versions"))
     except (KeyError, TypeError):
-        raise ValueError(f"{run}: {RECORD} or {TILES} is not as train.py writes it") from None
+        sound = False
+    if not sound:
+        raise ValueError(f"{run}: {RECORD} or {TILES} is not as train.py writes it")
+    return {"sessions": sessions, "tiles": {name: len(its) for name, its in named.items()}}, (
+        named["validation"])
 
 
 def licences(base: Path, parts) -> list[dict]:

@@ -25,7 +25,7 @@ def text(result: dict) -> str:
     if result["notes"]:
         sections.append(("Notes", result["notes"]))
     head = f"Audit of {result['run'] or 'a base alone'}, base {result['base']}"
-    return "\n\n".join([head, *(f"{title}\n" + "\n".join(f"  {line}" for line in lines)
+    return "\n\n".join([head, *(f"{title}\n" + "\n".join(f"  {line}".rstrip() for line in lines)
                                 for title, lines in sections)])
 
 
