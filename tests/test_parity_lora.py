@@ -1,12 +1,11 @@
 """LoRA against peft, on tiny diffusers networks: same weights, same output, gradients, merge and files."""
 
 import json
-import logging
 
 import pytest
 import torch
-from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from references import call, error, gradient_error, lora_twins, pixart, unet
 from torch import nn
 
 from pixcell_min.formats import load_lora
@@ -15,7 +14,6 @@ from pixcell_min.lora import (
     lora_disabled, lora_layers, lora_parameters, lora_state_dict, merge_lora, remove_lora, save_lora, unmerge_lora,
 )
 
-logging.getLogger("diffusers").setLevel(logging.ERROR)  # it warns of every .to()
 SAME_MATHS = 1e-6  # of the largest value, float32: s multiplies A·x here, B·(A·x) there
 SAME_MATHS_FLOAT64 = 1e-12  # rounding that piles up through a network is about 1e-14 there, in float32 up to 4e-6
 
@@ -24,75 +22,11 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def transformer():
-    torch.manual_seed(0)
-    return PixArtTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2,
-        cross_attention_dim=16, sample_size=8, caption_channels=12, norm_type="ada_norm_single",
-        use_additional_conditions=False).eval()
-
-
-def unet():
-    torch.manual_seed(0)
-    return UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=12, attention_head_dim=4).eval()
-
-
-def call(net, dtype=torch.float32):
-    """A forward of either network with 3 condition tokens, so that every LoRA layer takes part."""
-    g = generator(1)
-    latents, tokens = torch.randn(2, 4, 8, 8, generator=g), torch.randn(2, 3, 12, generator=g)
-    network = net.base_model.model if isinstance(net, PeftModel) else net
-    extra = {} if isinstance(network, UNet2DConditionModel) else {
-        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
-    return net(latents.to(dtype), encoder_hidden_states=tokens.to(dtype), timestep=torch.tensor([10, 700]),
-               **extra).sample
-
-
-def twins(build, dtype=torch.float32, **options):
-    """The same network with our LoRA and with peft's, equal weights, B not zero."""
-    ours, base = build().to(dtype), build().to(dtype)
-    defaults = {"rank": 4, "alpha": 6.0, "use_rslora": False, "rank_pattern": {}, "alpha_pattern": {}, "dropout": 0.0}
-    options = {**defaults, **options}
-    inject_lora(ours, **options, generator=generator(2))
-    g = generator(3)
-    with torch.no_grad():
-        for layer in lora_layers(ours).values():
-            layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=g) / 4)
-    config = LoraConfig(
-        r=options["rank"], lora_alpha=options["alpha"], target_modules=list(DEFAULT_TARGETS),
-        use_rslora=options["use_rslora"], rank_pattern=options["rank_pattern"], alpha_pattern=options["alpha_pattern"],
-        lora_dropout=options["dropout"])
-    theirs = get_peft_model(base, config).eval()
-    parameters = dict(theirs.named_parameters())
-    assert sum("lora" in name for name in parameters) == 2 * len(lora_layers(ours))  # they wrap the same layers
-    with torch.no_grad():
-        for name, layer in lora_layers(ours).items():
-            parameters[f"base_model.model.{name}.lora_A.default.weight"].copy_(layer.lora_A)
-            parameters[f"base_model.model.{name}.lora_B.default.weight"].copy_(layer.lora_B)
-    return ours, theirs
-
-
-def error(got, expected):
-    return ((got.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
-
-
-def gradient_error(ours, theirs):
-    parameters = dict(theirs.named_parameters())
-    pairs = [(getattr(layer, part).grad, parameters[f"base_model.model.{name}.{part}.default.weight"].grad)
-             for name, layer in lora_layers(ours).items() for part in ("lora_A", "lora_B")]
-    largest = max(expected.abs().max() for _, expected in pairs)
-    assert all(expected.abs().max() > 1e-5 * largest for _, expected in pairs)  # every layer is compared in earnest
-    return max(error(got, expected) for got, expected in pairs)
-
-
 OPTIONS = [{}, {"use_rslora": True}, {"rank": 1, "alpha": 1.0},
            {"rank_pattern": {"attn2.to_v": 2, "to_q": 7}, "alpha_pattern": {"to_k": 1.5}}]
 
 
-@pytest.mark.parametrize("build", [transformer, unet])
+@pytest.mark.parametrize("build", [pixart, unet])
 @pytest.mark.parametrize("options, dtype, gradient_tolerance", [
     ({"alpha": 8.0}, torch.float32, SAME_MATHS),  # alpha / R a power of two: no rounding differs
     ({"rank": 1, "alpha": 1.0}, torch.float32, SAME_MATHS),
@@ -100,7 +34,7 @@ OPTIONS = [{}, {"use_rslora": True}, {"rank": 1, "alpha": 1.0},
     *((options, torch.float32, None) for options in OPTIONS),  # output and merge alone
 ])
 def test_output_gradients_and_merge(build, options, dtype, gradient_tolerance):
-    ours, theirs = (net.to(dtype) for net in twins(build, **options))
+    ours, theirs = (net.to(dtype) for net in lora_twins(build, **options))
     mine, peer = call(ours, dtype), call(theirs, dtype)
     with lora_disabled(ours):
         assert error(call(ours, dtype), mine) > 0.01  # LoRA matters
@@ -146,7 +80,7 @@ def one_layer(alpha, use_rslora=False):
 
 
 def test_bfloat16_base():
-    ours, theirs = twins(transformer, torch.bfloat16, alpha=8.0)
+    ours, theirs = lora_twins(pixart, torch.bfloat16, alpha=8.0)
     assert {p.dtype for name, p in theirs.named_parameters() if "lora" in name} == {torch.float32}
     mine, peer = call(ours, torch.bfloat16), call(theirs, torch.bfloat16)
     assert mine.dtype == peer.dtype == torch.bfloat16
@@ -163,7 +97,7 @@ def test_autocast(dtype):
 
 
 def test_dropout_draws_the_same_numbers():
-    ours, theirs = twins(transformer, dropout=0.5)
+    ours, theirs = lora_twins(pixart, dropout=0.5)
     ours.train(), theirs.train()
     torch.manual_seed(5)
     mine = call(ours)
@@ -186,7 +120,7 @@ def test_start_has_the_same_distribution(init, peer):
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_peft_loads_our_file(options, tmp_path):
-    ours, _ = twins(transformer, **options)
+    ours, _ = lora_twins(pixart, **options)
     save_lora(ours, tmp_path / "adapter_model.safetensors", {"base_hash": "abc"})
     layers = lora_layers(ours)
     config = {
@@ -196,18 +130,18 @@ def test_peft_loads_our_file(options, tmp_path):
     if options.get("use_rslora"):
         config["use_rslora"] = True
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    theirs = PeftModel.from_pretrained(transformer(), tmp_path).eval()
+    theirs = PeftModel.from_pretrained(pixart(), tmp_path).eval()
     assert error(call(ours), call(theirs)) < SAME_MATHS
-    twin = transformer()
+    twin = pixart()
     load_lora(twin, tmp_path / "adapter_model.safetensors", expected_base_hash="abc")
     assert torch.equal(call(twin), call(ours))
 
 
 def test_we_load_what_peft_holds():
-    ours, theirs = twins(transformer)
+    ours, theirs = lora_twins(pixart)
     state = {key.removeprefix(PEFT_PREFIX): value for key, value in get_peft_model_state_dict(theirs).items()}
     assert state.keys() == lora_state_dict(ours).keys()
-    twin = transformer()
+    twin = pixart()
     inject_lora(twin, 4, 6.0)
     load_lora_state_dict(twin, state)
     assert error(call(twin), call(theirs)) < SAME_MATHS

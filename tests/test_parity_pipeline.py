@@ -2,9 +2,7 @@
 
 import pytest
 import torch
-from diffusers import (
-    DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler,
-)
+from references import AS_OURS, BETAS, by_hand
 
 from pixcell_min.base import load_pixcell_base
 from pixcell_min.pipeline import denoise
@@ -13,31 +11,6 @@ from pixcell_min.schedulers import build_scheduler
 # Of the largest value: ten float32 steps, rounded at other places. A random network is no denoiser:
 # each step divides what it got wrong by √ᾱ, and latents reach hundreds.
 LOOP = 3e-6
-BETAS = {"num_train_timesteps": 1000, "beta_start": 1e-4, "beta_end": 0.02,
-         "beta_schedule": "linear"}
-REFERENCES = {
-    "ddim": (DDIMScheduler, {"clip_sample": False, "timestep_spacing": "leading"}),
-    "ddpm": (DDPMScheduler, {"clip_sample": False, "timestep_spacing": "leading"}),
-    "euler_ancestral": (EulerAncestralDiscreteScheduler, {"timestep_spacing": "linspace"}),
-    "dpmpp_2m": (DPMSolverMultistepScheduler, {"timestep_spacing": "linspace"}),
-}
-
-
-@torch.no_grad()
-def by_hand(network, scheduler, condition, generator, steps, guidance_scale, eta):
-    """Latents drawn with a scheduler of diffusers; float32."""
-    scheduler.set_timesteps(steps)
-    latents = torch.randn(1, 16, 8, 8, generator=generator) * scheduler.init_noise_sigma
-    options = {"generator": generator}
-    if isinstance(scheduler, DDIMScheduler):
-        options["eta"] = eta
-    for t in scheduler.timesteps:
-        given = scheduler.scale_model_input(latents, t)
-        conditional = network(given, t, condition)[:, :16]
-        unconditional = network(given, t, network.uncond_embedding[None])[:, :16]
-        guided = unconditional + guidance_scale * (conditional - unconditional)
-        latents = scheduler.step(guided, t, latents, **options).prev_sample
-    return latents
 
 
 @pytest.mark.parametrize("name, eta", [
@@ -50,7 +23,7 @@ def test_same_latents_as_a_loop_over_diffusers(tiny_base, name, eta, guidance_sc
     sampler, network = build_scheduler(name, pipeline.schedule, eta=eta), pipeline.transformer
     ours = denoise(network, sampler, condition, generators[0],
                    num_inference_steps=10, guidance_scale=guidance_scale)
-    kind, options = REFERENCES[name]
+    kind, options = AS_OURS[name]
     reference = kind(**BETAS, **options)
     theirs = by_hand(network, reference, condition, generators[1], 10, guidance_scale, eta)
     assert (ours - theirs).abs().max() < LOOP * theirs.abs().max()

@@ -12,6 +12,7 @@ import torch
 from diffusers import (
     DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler,
 )
+from references import REFERENCE, randn, reference, reference_step
 
 from pixcell_min.schedulers import (
     DDIM, DDPM, DPMSolverPP2M, EulerAncestral, NoiseSchedule, build_scheduler,
@@ -23,10 +24,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 SPACINGS = ("linspace", "leading", "trailing")
 COUNTS = (1, 2, 5, 14, 15, 20, 30, 50, 61, 999, 1000)
 SCHEDULE = NoiseSchedule.linear()
-REFERENCE = {
-    DDPM: DDPMScheduler, DDIM: DDIMScheduler, EulerAncestral: EulerAncestralDiscreteScheduler,
-    DPMSolverPP2M: DPMSolverMultistepScheduler,
-}  # fmt: skip
 CASES = ((DDPM, {}), (DDIM, {}), (DDIM, {"eta": 0.5}), (EulerAncestral, {}), (DPMSolverPP2M, {}))
 # Both sides do the same float32 operations in the same order, except one product in Euler's v: one
 # rounding, 6e-8 of the latents' size, doubled for safety.
@@ -35,36 +32,8 @@ STEP = dict(atol=1e-6, rtol=1.2e-7)
 LOOP = dict(atol=5e-6, rtol=0)
 
 
-def randn(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
 def generator():
     return torch.Generator().manual_seed(7)
-
-
-def reference(sampler, count, spacing="leading", **options):
-    """diffusers' scheduler with traps 3 (a step at t = −1) and 6 (clipping by default) mended."""
-    if sampler in (DDPM, DDIM):
-        options = {"clip_sample": False} | options
-    scheduler = REFERENCE[sampler](timestep_spacing=spacing, **options)
-    scheduler.set_timesteps(count)
-    scheduler.timesteps = scheduler.timesteps[:count]
-    if hasattr(scheduler, "sigmas"):
-        scheduler.sigmas = torch.cat([scheduler.sigmas[:count], torch.zeros(1)])
-    return scheduler
-
-
-def reference_step(scheduler, i, output, x, generator=None, eta=0.0):
-    """diffusers' step i, with trap 4 (DDIM's previous timestep) mended."""
-    t, arguments = scheduler.timesteps[i], {"generator": generator}
-    if isinstance(scheduler, DDIMScheduler):
-        arguments["eta"] = eta
-        after = scheduler.timesteps[i + 1] if i + 1 < len(scheduler.timesteps) else -1
-        if scheduler.config.timestep_spacing != "leading":
-            scheduler.register_to_config(num_train_timesteps=int(t - after))
-            scheduler.num_inference_steps = 1  # previous timestep = t − (t − after) // 1
-    return scheduler.step(output, t, x, **arguments).prev_sample
 
 
 def reference_levels(scheduler):

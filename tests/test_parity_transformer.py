@@ -1,24 +1,21 @@
 """The network against recorded outputs of the released class, PixArt of diffusers, tensor lists."""
 
-import logging
 import math
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import PixArtTransformer2DModel
+from references import transformer_twins
 from safetensors.torch import load_file
 
 from pixcell_min.embeddings import TokenPositions
 from pixcell_min.transformer import WEIGHTS_NAME, PixCellTransformer, TransformerConfig
 
-logging.getLogger("diffusers").setLevel(logging.ERROR)
 DATA = Path(__file__).parent / "data"
 GOLDEN = 2e-5  # outputs reach 2.8; recorded on another machine, whose sums have another order
 TWIN = 1e-5  # same machine, outputs of order 1; one-token attention and the sums of tables differ
 CONFIG_256 = TransformerConfig()
 CONFIG_1024 = TransformerConfig(sample_size=128, caption_num_tokens=16, interpolation_scale=2)
-OUTSIDE_PIXART = {"caption_projection.uncond_embedding", "y_pos_embed.y_pos_embed"}
 
 
 def close(result, expected, bound=TWIN):
@@ -43,21 +40,6 @@ def test_token_positions_equal_the_stored_ones_exactly():
     assert torch.equal(TokenPositions(config).y_pos_embed, stored)
 
 
-def twins(tokens, sample_size, interpolation_scale):
-    """Our network and PixArt's with the same random weights."""
-    torch.manual_seed(0)
-    shared = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 12,
-              "caption_channels": 20, "sample_size": sample_size,
-              "interpolation_scale": interpolation_scale}
-    ours = PixCellTransformer(TransformerConfig(caption_num_tokens=tokens, **shared)).eval()
-    theirs = PixArtTransformer2DModel(
-        cross_attention_dim=24, in_channels=16, out_channels=32, use_additional_conditions=False,
-        **shared).eval()
-    tensors = {k: v for k, v in ours.state_dict().items() if k not in OUTSIDE_PIXART}
-    theirs.load_state_dict(tensors, strict=True)
-    return ours, theirs
-
-
 @pytest.mark.parametrize("tokens", [1, 4, 16])
 @pytest.mark.parametrize("sample_size, interpolation_scale, size", [
     (8, 0.5, (8, 8)),  # as trained
@@ -66,7 +48,7 @@ def twins(tokens, sample_size, interpolation_scale):
     (128, None, (6, 8)),  # the scale follows from sample_size: 2
 ])
 def test_same_output_as_pixart(tokens, sample_size, interpolation_scale, size):
-    ours, theirs = twins(tokens, sample_size, interpolation_scale)
+    ours, theirs = transformer_twins(tokens, sample_size, interpolation_scale)
     latents, embeddings = torch.randn(3, 16, *size), torch.randn(3, tokens, 20)
     timesteps = torch.tensor([0.0, 946.421, 17.5])  # fractional, as Euler-ancestral gives
     # PixArt has no token positions.
@@ -79,7 +61,7 @@ def test_same_output_as_pixart(tokens, sample_size, interpolation_scale, size):
 
 
 def test_same_gradients_as_pixart():
-    ours, theirs = twins(4, 8, 0.5)
+    ours, theirs = transformer_twins(4, 8, 0.5)
     latents, embeddings = torch.randn(2, 16, 8, 8), torch.randn(2, 4, 20)
     timesteps, given = torch.tensor([10, 700]), embeddings + ours.y_pos_embed.y_pos_embed
     ours(latents, timesteps, embeddings).square().sum().backward()

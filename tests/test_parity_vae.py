@@ -1,42 +1,28 @@
 """The VAE against diffusers' AutoencoderKL: random twins; the list of SD 3.5's tensors."""
 
-import logging
 import math
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL as DiffusersVAE
+from references import LATENT_SCALE as SCALE
+from references import LATENT_SHIFT as SHIFT
+from references import vae_twins
 
 from pixcell_min.vae import AutoencoderKL, VAEConfig
 
-logging.getLogger("diffusers").setLevel(logging.ERROR)
 TWIN = 1e-5  # float32; values of order 1, the same kernels, latents shifted and scaled once more
-SCALE, SHIFT = 1.5305, 0.0609
 
 
 def close(result, expected, bound=TWIN):
     torch.testing.assert_close(result, expected, atol=bound, rtol=0)
 
 
-def twins(layers, widths=(8, 8, 16, 16), groups=4):
-    """Our VAE and diffusers' with the same random weights."""
-    torch.manual_seed(0)
-    shared = {"block_out_channels": widths, "layers_per_block": layers, "norm_num_groups": groups}
-    ours = AutoencoderKL(VAEConfig(**shared)).eval()
-    theirs = DiffusersVAE(
-        latent_channels=16, use_quant_conv=False, use_post_quant_conv=False,
-        down_block_types=("DownEncoderBlock2D",) * len(widths),
-        up_block_types=("UpDecoderBlock2D",) * len(widths), **shared).eval()
-    theirs.load_state_dict(ours.state_dict(), strict=True)
-    return ours, theirs
-
-
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("size", [(32, 32), (16, 40)])
 @torch.no_grad()
 def test_same_moments_and_pixels_as_diffusers(layers, size):
-    ours, theirs = twins(layers)
+    ours, theirs = vae_twins(layers)
     pixels = torch.rand(2, 3, *size) * 2 - 1
     mean, logvar = ours.encode(pixels)
     posterior = theirs.encode(pixels).latent_dist
@@ -50,7 +36,7 @@ def test_same_moments_and_pixels_as_diffusers(layers, size):
 
 @torch.no_grad()
 def test_same_maths_in_float64():
-    ours, theirs = (vae.double() for vae in twins(2))
+    ours, theirs = (vae.double() for vae in vae_twins(2))
     pixels, latents = torch.rand(1, 3, 16, 24).double() * 2 - 1, torch.randn(1, 16, 2, 3).double()
     mean = (theirs.encode(pixels).latent_dist.mean - SHIFT) * SCALE
     close(ours.encode(pixels)[0], mean, 1e-12)
