@@ -82,7 +82,7 @@ def build_optimizer(lora_parameters, adapter_parameters, learning_rate, adapter_
     groups = [{"params": list(lora_parameters), "lr": learning_rate, "initial_lr": learning_rate},
               {"params": list(adapter_parameters), "lr": adapter_learning_rate,
                "initial_lr": adapter_learning_rate}]
-    return torch.optim.AdamW(groups, weight_decay=weight_decay)
+    return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=True)
 
 
 def rate_factor(step: int, warmup_steps: int, max_train_steps: int, lr_schedule: str) -> float:
