@@ -104,9 +104,10 @@ def load_pixcell_base(path=None, device="auto", mixed_precision="auto") -> PixCe
     """
     base, device = find_base(path), choose_device(device)
     schedule = NoiseSchedule.from_config(read_json(base / "scheduler" / "scheduler_config.json"))
-    transformer = PixCellTransformer.from_pretrained(base / "transformer").requires_grad_(False)
-    hold_products_in(transformer, dtype := choose_dtype(mixed_precision, device))
-    transformer.to(device)
+    dtype = choose_dtype(mixed_precision, device)
+    transformer = PixCellTransformer.from_pretrained(
+        base / "transformer", prepare=lambda network: hold_products_in(network, dtype))
+    transformer.requires_grad_(False).to(device)
     return PixCellPipeline(transformer, partial(load_vae, base, device),
                            partial(load_encoder, base, device), schedule,
                            base_hash=file_hash(base / "transformer" / TRANSFORMER_WEIGHTS),

@@ -295,7 +295,9 @@ def _read_authors(tensors, model, path):
             raise ValueError(f"{path}: {len(wrong)} tensors are not both in it and in the loaded "
                              f"base, the first is {wrong[0]!r}; it was trained on another base")
         for key, tensor in rest.items():
-            if not torch.equal(base[key].cpu().to(tensor.dtype), tensor):
+            its = base[key].cpu()  # compared in the coarser dtype: a base may be held in half
+            dtype = min(its.dtype, tensor.dtype, key=lambda dtype: dtype.itemsize)
+            if not torch.equal(its.to(dtype), tensor.to(dtype)):
                 raise ValueError(f"{path}: {key} differs from the loaded base's; load the base it "
                                  "was trained on")
     return state

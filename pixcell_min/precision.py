@@ -59,8 +59,7 @@ def hold_products_in(network: nn.Module, dtype: torch.dtype | None) -> None:
         return
     products = {f"{name}.{part}" for name, layer in network.named_modules()
                 if isinstance(layer, (nn.Linear, nn.Conv2d)) for part in ("weight", "bias")}
-    # All are new tensors: one table left of those read would keep their whole file mapped.
-    network.load_state_dict({name: tensor.to(dtype) if name in products else tensor.clone()
+    network.load_state_dict({name: tensor.to(dtype) if name in products else tensor
                              for name, tensor in network.state_dict().items()}, assign=True)
 
 

@@ -175,13 +175,17 @@ class PixCellTransformer(nn.Module):
         self.caption_projection = CaptionProjection(config, width)
 
     @classmethod
-    def from_pretrained(cls, folder, dtype=torch.float32):
-        """Read `config.json` and safetensors, strictly. Raises: ValueError if they do not fit."""
+    def from_pretrained(cls, folder, dtype=torch.float32, prepare=lambda network: None):
+        """Read `config.json` and safetensors, strictly. Raises: ValueError if they do not fit.
+
+        `prepare(network)` may still change dtypes: what is read is converted to them, once.
+        """
         folder = Path(folder)
         config = TransformerConfig.from_dict(
             read_json(folder / "config.json"), folder / "config.json")
         with torch.device("meta"):  # no random start is computed for weights that are overwritten
             model = cls(config).to(dtype)
+        prepare(model)
         load_weights(model, folder / WEIGHTS_NAME)
         return model.eval()
 

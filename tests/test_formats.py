@@ -13,6 +13,7 @@ from pixcell_min.checkpoint import file_hash, read_json, read_tensors, save_tens
 from pixcell_min.exports import FORMATS, PROVENANCE, write_lora
 from pixcell_min.formats import load_lora, load_loras, lora_files, read_lora, stack
 from pixcell_min.lora import inject_lora, lora_layers, remove_lora, save_lora
+from pixcell_min.precision import hold_products_in
 from pixcell_min.tools.convert import main as convert_main
 from pixcell_min.transformer import WEIGHTS_NAME, PixCellTransformer
 
@@ -228,6 +229,14 @@ def test_the_authors_file(dtype, base, tiny_base, tmp_path):
     load_lora(base, path)
     if dtype is None:
         assert_sum(base, [(of_attn2(tiny_base), 1)])
+
+
+def test_the_authors_file_fits_a_base_held_in_half_precision(base, tiny_base, tmp_path):
+    path = authors_file(of_attn2(tiny_base), tmp_path / "staining.pth")
+    hold_products_in(base.requires_grad_(False), torch.bfloat16)
+    assert len(read_lora(path, base).layers) == 8
+    base.proj_out.bias.add_(1)
+    refused(base, path, "proj_out.bias differs")
 
 
 KEY = "transformer_blocks.0.attn2.to_q"

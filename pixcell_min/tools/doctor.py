@@ -32,7 +32,7 @@ from pixcell_min.vae import AutoencoderKL
 
 PACKAGES = ("torch", "timm", "safetensors", "einops", "numpy", "pillow", "tqdm", "pyyaml",
             "huggingface_hub")
-FLOAT32 = 4  # bytes; in memory weights are float32, whatever the file or autocast says
+FLOAT32 = 4  # bytes; in memory VAE and encoder are float32, the transformer in autocast's dtype
 ROOM = 0.8  # share of free memory that weights may take; activations need the rest
 
 
@@ -80,8 +80,9 @@ def examine_base(name) -> dict:
               ("vae", check_vae), ("encoder", check_encoder))}
     whole = all(part["state"] == "whole" for part in parts.values())
     count = sum(part["parameters"] for part in parts.values())
+    denoiser = parts["transformer"]["parameters"]
     return {"base": str(name), "folder": str(folder), "runs": whole, "parts": parts,
-            "fit": fit(count, folder) if whole else []}
+            "fit": fit(denoiser, count - denoiser, folder) if whole else []}
 
 
 def _state(check, folder):
@@ -184,16 +185,18 @@ def _compare_with_record(folder, hashes):
     return "whole, hashes agree" if hashes else "whole, sizes agree"
 
 
-def fit(parameters: int, folder: Path) -> list[dict]:
-    """For float32, fp16 and bf16: do so many float32 weights fit here, and is it advised?"""
-    here, need = machine(folder), parameters * FLOAT32
+def fit(denoiser: int, others: int, folder: Path) -> list[dict]:
+    """For float32, fp16 and bf16: do so many weights fit here, and is it advised?"""
+    here = machine(folder)
     memory = {"cpu": here["memory_free"], "cuda": here["gpu_memory_free"]}
     device = choose_device("auto")
     advised = choose_dtype("auto", device)
+    needs = {name: denoiser * (dtype.itemsize if dtype else FLOAT32) + others * FLOAT32
+             for name, dtype in DTYPES.items()}
     return [{"precision": {"no": "float32"}.get(name, name), "weights_bytes": need,
              "cpu": _fits(need, memory["cpu"]), "cuda": _fits(need, memory["cuda"]),
-             "advised_on": device.type if dtype == advised else None}
-            for name, dtype in DTYPES.items()]
+             "advised_on": device.type if DTYPES[name] == advised else None}
+            for name, need in needs.items()]
 
 
 def _fits(need, free):
@@ -237,8 +240,8 @@ def fit_line(row: dict) -> str:
               for place, key in (("memory:", "cpu"), ("GPU:", "cuda")) if row[key] is not None]
     advice = f"; advised on {row['advised_on']}" if row["advised_on"] else ""
     size = f"{row['weights_bytes'] / 1e9:.2f} GB"
-    return (f"    {row['precision']:<12}weights {size} (float32 in any precision), "
-            f"{', '.join(places) or 'memory unknown'}{advice}")
+    return (f"    {row['precision']:<12}weights {size}, {', '.join(places) or 'memory unknown'}"
+            f"{advice}")
 
 
 def table(report: dict) -> list[str]:
