@@ -9,6 +9,8 @@ import os
 from functools import lru_cache, partial
 from pathlib import Path
 
+import torch
+
 from pixcell_min.checkpoint import file_hash, read_json
 from pixcell_min.pipeline import PixCellPipeline
 from pixcell_min.precision import choose_device, choose_dtype, hold_products_in
@@ -81,6 +83,8 @@ def load_vae(base=None, device="auto") -> AutoencoderKL:
     """The frozen autoencoder of a base folder, float32. Raises: ValueError: missing or broken."""
     base = find_base(base)
     vae = AutoencoderKL.from_pretrained(base / "vae", vae_weights(base))
+    # Decoding is faster so; the encoder stays as it is, or cached features would change their bits.
+    vae.decoder.to(memory_format=torch.channels_last)
     return vae.requires_grad_(False).to(choose_device(str(device)))
 
 
