@@ -175,7 +175,7 @@ def write_networks(folder: Path, size: str) -> None:
             cross_attention_dim=config["num_attention_heads"] * config["attention_head_dim"],
             use_additional_conditions=False, **config)
     pixart.save_config(folder / "pixart")
-    (folder / "pixart" / WEIGHTS).symlink_to(folder / "transformer" / WEIGHTS)  # written last
+    (folder / "pixart" / WEIGHTS).symlink_to(folder / "transformer" / WEIGHTS)
 
 
 def write_tiles(folder: Path, side: int) -> None:
@@ -188,6 +188,16 @@ def write_tiles(folder: Path, side: int) -> None:
         image.save(folder / f"{i}.png")
 
 
+def prepare(work: Path, size: str) -> Path:
+    """Folder of the networks and tiles of a size, written at the first call."""
+    base = (work / size).resolve()
+    if not (base / "pixart" / WEIGHTS).exists():  # written last
+        write_networks(base, size)
+    if not (base / "tiles").exists():
+        write_tiles(base / "tiles", 8 * config_of({"base": base})["sample_size"])
+    return base
+
+
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--size", choices=("nano", *SIZES), default="nano")
@@ -198,13 +208,11 @@ def main(argv=None) -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/compare"), help="for networks, kept")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write and to go on from")
     args = parser.parse_args(argv)
-    base, found = (args.work / args.size).resolve(), cases()
+    found = cases()
     chosen = [name for name in found if name.startswith(tuple(args.cases))]
     if not chosen:
         parser.error(f"no such case; there are {', '.join(found)}")
-    if not (base / "pixart" / WEIGHTS).exists():
-        write_networks(base, args.size)
-        write_tiles(base / "tiles", 8 * config_of({"base": base})["sample_size"])
+    base = prepare(args.work, args.size)
     results = json.loads(args.out.read_text()) if args.out.exists() else {}
     common = {"threads": args.threads, "device": args.device}
     with tqdm(total=len(chosen) * (args.repeats + 1), unit="turn", disable=None) as bar:

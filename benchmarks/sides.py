@@ -175,13 +175,17 @@ def our_sample(case):
 
 def our_vae(case):
     from pixcell_min.base import load_vae
-    vae, latents, pixels = load_vae(case["base"], case["device"]), *vae_inputs(case)
+    from pixcell_min.precision import autocast, choose_dtype
+    vae, (latents, pixels) = load_vae(case["base"], case["device"]), vae_inputs(case)
+    device = torch.device(case["device"])
+    dtype = choose_dtype(case["precision"], device)
 
     @torch.no_grad()
     def run():
-        if case["kind"] == "decode":
-            return {"pixels": vae.decode(latents)}
-        return {"mean": vae.encode(pixels)[0]}
+        with autocast(device, dtype):
+            if case["kind"] == "decode":
+                return {"pixels": vae.decode(latents.to(device))}
+            return {"mean": vae.encode(pixels.to(device))[0]}
     return run
 
 
@@ -253,6 +257,34 @@ def our_epoch(case):
                 pipeline.device, attempt)
             report = optimizer_step(loss_of, batches, case["batch"], optimizer, scaler, CLIP)
         return {"loss": torch.tensor(report.loss)}
+    return run
+
+
+def our_cache(case):
+    """Opening a cache of `count` tiles, as train.py does at each start, and drawing 16 batches of 16.
+
+    Features of real size, made of noise at the first call: opening checks every shard's checksum.
+    """
+    from PIL import Image
+    from pixcell_min.data import Tile
+    from pixcell_min.features import cached_features
+    folder, count = Path(case["base"]) / f"tiles-{case['count']}", case["count"]
+    folder.mkdir(exist_ok=True)
+    tiles = [Tile(folder / f"{i:05}.bmp") for i in range(count)]
+    for i, tile in enumerate(tiles):
+        if not tile.path.exists():
+            Image.new("RGB", (8, 8), (i % 256, i // 256, 0)).save(tile.path)
+
+    def compute(missing):
+        for tile in missing:
+            yield [tile], (draw(1, 16, 32, 32), draw(1, 16, 32, 32).abs(), draw(1, 1, 1536))
+
+    def run():
+        features = cached_features(folder / "cache", tiles, compute, settings={}, report=print)
+        for step in range(16):
+            generator = torch.Generator().manual_seed(step)
+            features.sample_latents(torch.randint(count, (16,), generator=generator), generator)
+        return {"embeddings": features.embeddings[torch.arange(4)]}
     return run
 
 
@@ -460,6 +492,6 @@ def peer_epoch(case):
 
 OURS = {"train": our_train, "forward": our_forward, "sample": our_sample, "encode": our_vae,
         "decode": our_vae, "encoder": our_encoder, "load": our_load, "epoch": our_epoch,
-        "first pass": our_first_pass}
+        "first pass": our_first_pass, "cache": our_cache}
 PEER = {"train": peer_train, "forward": peer_forward, "sample": peer_sample, "encode": peer_vae,
         "decode": peer_vae, "encoder": peer_encoder, "load": peer_load, "epoch": peer_epoch}
