@@ -94,8 +94,10 @@ def our_pipeline(case):
 
 
 def our_trainable(case, pipeline):
-    """As `make_trainable` of train.py: (adapter, optimizer, scaler); LoRA drawn by name."""
-    from pixcell_min.adapter import EmbeddingAdapter
+    """As `make_trainable` of train.py: (adapter, optimizer, scaler); LoRA drawn by name.
+
+    No adapter on either side: the peer has none, and to import ours would burden its memory.
+    """
     from pixcell_min.lora import inject_lora, lora_layers, lora_parameters
     from pixcell_min.training import build_optimizer, build_scaler
     transformer = pipeline.transformer
@@ -106,14 +108,10 @@ def our_trainable(case, pipeline):
             for part in ("lora_A", "lora_B"):
                 tensor = getattr(layer, part)
                 tensor.copy_(draw_lora(f"{name}.{part}", tensor.shape))
-    adapter = EmbeddingAdapter(
-        transformer.config.caption_channels, generator=torch.Generator().manual_seed(0))
-    adapter.to(pipeline.device)
     transformer.gradient_checkpointing = case.get("checkpointing", False)
-    transformer.train(), adapter.train()
-    optimizer = build_optimizer(
-        lora_parameters(transformer), adapter.parameters(), RATE, RATE, 0.01)
-    return adapter, optimizer, build_scaler(pipeline.device, pipeline.dtype)
+    transformer.train()
+    optimizer = build_optimizer(lora_parameters(transformer), [], RATE, RATE, 0.01)
+    return torch.nn.Identity(), optimizer, build_scaler(pipeline.device, pipeline.dtype)
 
 
 def our_train(case):
@@ -336,16 +334,13 @@ def peer_train(case):
 
 
 def peer_step(case, model):
-    """The usual training loop's step; the adapter, which the peer has not, is ours on both sides."""
+    """The usual training loop's step."""
     from diffusers import DDPMScheduler
-    from pixcell_min.adapter import EmbeddingAdapter
-    adapter = EmbeddingAdapter(config_of(case)["caption_channels"],
-                               generator=torch.Generator().manual_seed(0)).to(case["device"])
     model.train()
     inner = model.base_model.model
     if case.get("checkpointing"):
         inner.enable_gradient_checkpointing()
-    trained = [p for p in (*model.parameters(), *adapter.parameters()) if p.requires_grad]
+    trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.01)
     scaler = torch.amp.GradScaler(case["device"], enabled=case["precision"] == "fp16")
     schedule = DDPMScheduler(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02)
@@ -354,7 +349,7 @@ def peer_step(case, model):
         optimizer.zero_grad(set_to_none=True)
         noisy = schedule.add_noise(latents, noise, timesteps)
         with peer_autocast(case):
-            output = model(noisy, encoder_hidden_states=adapter(embeddings),
+            output = model(noisy, encoder_hidden_states=embeddings,
                            timestep=timesteps).sample.chunk(2, dim=1)[0]
         loss = torch.nn.functional.mse_loss(output.float(), noise)
         scaler.scale(loss).backward()
