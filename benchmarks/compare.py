@@ -1,7 +1,7 @@
 """pixcell_min beside diffusers + peft + timm: time, memory and difference, in one run.
 
-    python benchmarks/compare.py --size full                 (the cases of the README's table)
-    python benchmarks/compare.py --size nano --cases train-1 sample --repeats 9
+    python benchmarks/compare.py --size full --out benchmarks/results/compare.json
+    python benchmarks/compare.py --size nano --cases train-1 sample --repeats 9 --out nano.json
 
 Each side of a case lives in a process of its own (`sides.py`), with the same weights, inputs,
 threads and precision; the two take turns, ours, peer, ours, peer…, while the other one waits. The
@@ -25,9 +25,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from first_run import machine  # noqa: E402
-from pixcell_min.checkpoint import write_text  # noqa: E402
-from sides import WEIGHTS, config_of, serve  # noqa: E402
+from sides import WEIGHTS, config_of, serve  # noqa: E402  (what else is imported here, both sides hold)
 
 NANO = ROOT / "weights" / "pixcell-nano"
 VAE = {"_class_name": "AutoencoderKL", "act_fn": "silu", "use_quant_conv": False,
@@ -60,7 +58,7 @@ def cases() -> dict[str, dict]:
                                        "merged": True, **own}
         found[f"sample-ddim-{word}"] = {"kind": "sample", "scheduler": "ddim", "steps": 50,
                                         "merged": True, **own}
-        for kind in ("encode", "decode", "encoder"):
+        for kind in ("encode", "decode", *(["encoder"] if precision == "no" else [])):  # ours is float32
             found[f"{kind}-{word}"] = {"kind": kind, **own}
         found[f"epoch-{word}"] = {"kind": "epoch", "batch": 2, **own}
         found[f"train-4-checkpointing-{word}"] = {
@@ -144,7 +142,7 @@ def write_networks(folder: Path, size: str) -> None:
     """The three networks of a size, float32, as a base folder; the first as diffusers' PixArt, too."""
     from diffusers import PixArtTransformer2DModel
 
-    from pixcell_min.checkpoint import read_json, read_tensors, save_tensors
+    from pixcell_min.checkpoint import read_json, read_tensors, save_tensors, write_text
     from pixcell_min.transformer import PixCellTransformer, TransformerConfig
     from pixcell_min.uni import TileEncoder
     from pixcell_min.vae import AutoencoderKL, VAEConfig
@@ -175,7 +173,7 @@ def write_networks(folder: Path, size: str) -> None:
             cross_attention_dim=config["num_attention_heads"] * config["attention_head_dim"],
             use_additional_conditions=False, **config)
     pixart.save_config(folder / "pixart")
-    (folder / "pixart" / WEIGHTS).symlink_to(folder / "transformer" / WEIGHTS)  # written last
+    (folder / "pixart" / WEIGHTS).symlink_to(folder / "transformer" / WEIGHTS)
 
 
 def write_tiles(folder: Path, side: int) -> None:
@@ -188,7 +186,19 @@ def write_tiles(folder: Path, side: int) -> None:
         image.save(folder / f"{i}.png")
 
 
+def prepare(work: Path, size: str) -> Path:
+    """Folder of the networks and tiles of a size, written at the first call."""
+    base = (work / size).resolve()
+    if not (base / "pixart" / WEIGHTS).exists():  # written last
+        write_networks(base, size)
+    if not (base / "tiles").exists():
+        write_tiles(base / "tiles", 8 * config_of({"base": base})["sample_size"])
+    return base
+
+
 def main(argv=None) -> None:
+    from first_run import machine
+    from pixcell_min.checkpoint import write_text
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--size", choices=("nano", *SIZES), default="nano")
     parser.add_argument("--cases", nargs="+", default=[""], help="names, or their beginnings")
@@ -198,13 +208,11 @@ def main(argv=None) -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/compare"), help="for networks, kept")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write and to go on from")
     args = parser.parse_args(argv)
-    base, found = (args.work / args.size).resolve(), cases()
+    found = cases()
     chosen = [name for name in found if name.startswith(tuple(args.cases))]
     if not chosen:
         parser.error(f"no such case; there are {', '.join(found)}")
-    if not (base / "pixart" / WEIGHTS).exists():
-        write_networks(base, args.size)
-        write_tiles(base / "tiles", 8 * config_of({"base": base})["sample_size"])
+    base = prepare(args.work, args.size)
     results = json.loads(args.out.read_text()) if args.out.exists() else {}
     common = {"threads": args.threads, "device": args.device}
     with tqdm(total=len(chosen) * (args.repeats + 1), unit="turn", disable=None) as bar:

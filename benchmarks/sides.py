@@ -94,8 +94,10 @@ def our_pipeline(case):
 
 
 def our_trainable(case, pipeline):
-    """As `make_trainable` of train.py: (adapter, optimizer, scaler); LoRA drawn by name."""
-    from pixcell_min.adapter import EmbeddingAdapter
+    """As `make_trainable` of train.py: (adapter, optimizer, scaler); LoRA drawn by name.
+
+    No adapter on either side: the peer has none, and to import ours would burden its memory.
+    """
     from pixcell_min.lora import inject_lora, lora_layers, lora_parameters
     from pixcell_min.training import build_optimizer, build_scaler
     transformer = pipeline.transformer
@@ -106,14 +108,10 @@ def our_trainable(case, pipeline):
             for part in ("lora_A", "lora_B"):
                 tensor = getattr(layer, part)
                 tensor.copy_(draw_lora(f"{name}.{part}", tensor.shape))
-    adapter = EmbeddingAdapter(
-        transformer.config.caption_channels, generator=torch.Generator().manual_seed(0))
-    adapter.to(pipeline.device)
     transformer.gradient_checkpointing = case.get("checkpointing", False)
-    transformer.train(), adapter.train()
-    optimizer = build_optimizer(
-        lora_parameters(transformer), adapter.parameters(), RATE, RATE, 0.01)
-    return adapter, optimizer, build_scaler(pipeline.device, pipeline.dtype)
+    transformer.train()
+    optimizer = build_optimizer(lora_parameters(transformer), [], RATE, RATE, 0.01)
+    return torch.nn.Identity(), optimizer, build_scaler(pipeline.device, pipeline.dtype)
 
 
 def our_train(case):
@@ -175,13 +173,17 @@ def our_sample(case):
 
 def our_vae(case):
     from pixcell_min.base import load_vae
-    vae, latents, pixels = load_vae(case["base"], case["device"]), *vae_inputs(case)
+    from pixcell_min.precision import autocast, choose_dtype
+    vae, (latents, pixels) = load_vae(case["base"], case["device"]), vae_inputs(case)
+    device = torch.device(case["device"])
+    dtype = choose_dtype(case["precision"], device)
 
     @torch.no_grad()
     def run():
-        if case["kind"] == "decode":
-            return {"pixels": vae.decode(latents)}
-        return {"mean": vae.encode(pixels)[0]}
+        with autocast(device, dtype):
+            if case["kind"] == "decode":
+                return {"pixels": vae.decode(latents.to(device))}
+            return {"mean": vae.encode(pixels.to(device))[0]}
     return run
 
 
@@ -257,6 +259,34 @@ def our_epoch(case):
     return run
 
 
+def our_cache(case):
+    """Opening a cache of `count` tiles, as train.py does at each start, and drawing 16 batches of 16.
+
+    Features of real size, made of noise at the first call: opening checks every shard's checksum.
+    """
+    from PIL import Image
+    from pixcell_min.data import Tile
+    from pixcell_min.features import cached_features
+    folder, count = Path(case["base"]) / f"tiles-{case['count']}", case["count"]
+    folder.mkdir(exist_ok=True)
+    tiles = [Tile(folder / f"{i:05}.bmp") for i in range(count)]
+    for i, tile in enumerate(tiles):
+        if not tile.path.exists():
+            Image.new("RGB", (8, 8), (i % 256, i // 256, 0)).save(tile.path)
+
+    def compute(missing):
+        for tile in missing:
+            yield [tile], (draw(1, 16, 32, 32), draw(1, 16, 32, 32).abs(), draw(1, 1, 1536))
+
+    def run():
+        features = cached_features(folder / "cache", tiles, compute, settings={}, report=print)
+        for step in range(16):
+            generator = torch.Generator().manual_seed(step)
+            features.sample_latents(torch.randint(count, (16,), generator=generator), generator)
+        return {"embeddings": features.embeddings[torch.arange(4)]}
+    return run
+
+
 # --- the peer -----------------------------------------------------------------------------------
 
 def peer_base(case):
@@ -305,16 +335,13 @@ def peer_train(case):
 
 
 def peer_step(case, model):
-    """The usual training loop's step; the adapter, which the peer has not, is ours on both sides."""
+    """The usual training loop's step."""
     from diffusers import DDPMScheduler
-    from pixcell_min.adapter import EmbeddingAdapter
-    adapter = EmbeddingAdapter(config_of(case)["caption_channels"],
-                               generator=torch.Generator().manual_seed(0)).to(case["device"])
     model.train()
     inner = model.base_model.model
     if case.get("checkpointing"):
         inner.enable_gradient_checkpointing()
-    trained = [p for p in (*model.parameters(), *adapter.parameters()) if p.requires_grad]
+    trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.01)
     scaler = torch.amp.GradScaler(case["device"], enabled=case["precision"] == "fp16")
     schedule = DDPMScheduler(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02)
@@ -323,7 +350,7 @@ def peer_step(case, model):
         optimizer.zero_grad(set_to_none=True)
         noisy = schedule.add_noise(latents, noise, timesteps)
         with peer_autocast(case):
-            output = model(noisy, encoder_hidden_states=adapter(embeddings),
+            output = model(noisy, encoder_hidden_states=embeddings,
                            timestep=timesteps).sample.chunk(2, dim=1)[0]
         loss = torch.nn.functional.mse_loss(output.float(), noise)
         scaler.scale(loss).backward()
@@ -461,6 +488,6 @@ def peer_epoch(case):
 
 OURS = {"train": our_train, "forward": our_forward, "sample": our_sample, "encode": our_vae,
         "decode": our_vae, "encoder": our_encoder, "load": our_load, "epoch": our_epoch,
-        "first pass": our_first_pass}
+        "first pass": our_first_pass, "cache": our_cache}
 PEER = {"train": peer_train, "forward": peer_forward, "sample": peer_sample, "encode": peer_vae,
         "decode": peer_vae, "encoder": peer_encoder, "load": peer_load, "epoch": peer_epoch}

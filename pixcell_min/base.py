@@ -10,6 +10,7 @@ import os
 from functools import lru_cache, partial
 from pathlib import Path
 
+import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
@@ -118,6 +119,8 @@ def load_vae(base=None, device="auto") -> AutoencoderKL:
     """The frozen autoencoder of a base folder, float32. Raises: ValueError: missing or broken."""
     base = find_base(base)
     vae = AutoencoderKL.from_pretrained(base / "vae", vae_weights(base))
+    # Decoding is faster so; the encoder stays as it is, or cached features would change their bits.
+    vae.decoder.to(memory_format=torch.channels_last)
     return vae.requires_grad_(False).to(choose_device(str(device)))
 
 

@@ -170,10 +170,12 @@ class PixCellPipeline:
 
     @torch.no_grad()
     def decode(self, latents) -> Image.Image:
-        """Latents (1, C, H, W) → one PIL image, in the VAE's float32: float16 would overflow."""
+        """Latents (1, C, H, W) → one PIL image; in bfloat16 if the pipeline is, else in float32."""
         weight = self.vae.decoder.conv_in.weight
         large = max(latents.shape[2:]) > TILED_DECODE_ABOVE
-        pixels = (self.vae.decode_tiled if large else self.vae.decode)(latents.to(weight))
+        # float16 would overflow; bfloat16 has float32's range and moves a pixel by a level or two.
+        with autocast(self.device, self.dtype if self.dtype == torch.bfloat16 else None):
+            pixels = (self.vae.decode_tiled if large else self.vae.decode)(latents.to(weight))
         if not pixels.isfinite().all():
             raise ValueError("the decoded image is not finite: weights or LoRA are broken, "
                              "or float16 overflowed")

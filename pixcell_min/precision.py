@@ -1,7 +1,7 @@
 """Which number format the network's forward runs in; what autocast covers, and what it must not.
 
-LoRA, adapter, schedule, loss and latents stay float32: autocast wraps the transformer's forward
-alone. Of the frozen base, layers whose products autocast would round anyway may be held rounded.
+LoRA, adapter, schedule, loss and latents stay float32: autocast wraps the transformer's forward,
+and bfloat16's the decoding of samples. The frozen base may hold what autocast would round anyway.
 """
 
 import os

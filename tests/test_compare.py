@@ -1,15 +1,17 @@
-"""benchmarks/compare.py: both sides of a case compute the same; turns, ratios and table."""
+"""benchmarks/compare.py and scaling.py: both sides compute the same; turns, ratios, table, growth."""
 
 import json
 import sys
 
 import pytest
+from PIL import Image
 
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import compare  # noqa: E402
+import scaling  # noqa: E402
 import sides  # noqa: E402
 
 FLOAT32 = 1e-5  # of the largest value: output and every gradient of LoRA
@@ -72,3 +74,23 @@ def test_turns_ratios_and_table_and_nothing_twice(base, tmp_path, capsys, monkey
     assert "| encoder-float32 |" in capsys.readouterr().out
     monkeypatch.setattr(compare, "measure", None)  # measured already
     compare.main(arguments)
+
+
+def test_growth_is_measured_once_and_drawn(base, tmp_path, monkeypatch, capsys):
+    out, picture = tmp_path / "scaling.json", tmp_path / "scaling.png"
+    monkeypatch.setattr(scaling, "GROWTH", {"batch": (
+        (1, 3), lambda n: {"kind": "forward", "batch": n}, lambda n: n)})
+    arguments = ["--size", "tiny", "--growth", "batch", "--repeats", "1", "--threads", "1",
+                 "--work", str(base.parent), "--out", str(out), "--figure", str(picture)]
+    scaling.main(arguments)
+    points = json.loads(out.read_text())["points"]["batch"]
+    assert [*points] == ["1", "3"] and all(p["cpu_seconds"] > 0 < p["mb"] for p in points.values())
+    assert Image.open(picture).size == (600, 440) and "batch 1:" in capsys.readouterr().out
+    monkeypatch.setattr(scaling, "measure", None)
+    scaling.main(arguments)
+
+
+def test_a_cache_of_features_is_opened_and_read(base):
+    case = case_of(base, kind="cache", count=5)
+    made, read = (sides.OURS["cache"](case)()["embeddings"] for _ in range(2))
+    assert made.shape == (4, 1, 1536) and made.equal(read)

@@ -6,11 +6,12 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from conftest import write_base
+from conftest import ROOT, write_base
 from PIL import Image
 
 from pixcell_min.adapter import EmbeddingAdapter, save_adapter
-from pixcell_min.base import load_encoder, load_pixcell_base, load_vae
+from pixcell_min.base import NANO, load_encoder, load_pixcell_base, load_vae
+from pixcell_min.data import image_to_tensor
 from pixcell_min.lora import (disable_lora, inject_lora, lora_disabled, lora_layers, lora_parameters,
                               save_lora)
 from pixcell_min.pipeline import GUIDANCE_SCALE, PixCellPipeline, denoise
@@ -222,14 +223,15 @@ def test_eta_belongs_to_ddim(pipeline):
 
 
 @pytest.mark.parametrize("mixed_precision", ["fp16", "bf16"])
-def test_autocast_wraps_the_network_alone(tiny_base, mixed_precision):
+def test_autocast_wraps_the_network_and_in_bfloat16_the_decoder(tiny_base, mixed_precision):
     exact, cast = loaded(tiny_base), loaded(tiny_base, mixed_precision)
     inside, linear = [], cast.transformer.transformer_blocks[0].ff.net[2]
     linear.register_forward_hook(lambda layer, given, out: inside.append(out.dtype))
     decoder = cast.vae.decoder.conv_in
     decoder.register_forward_hook(lambda layer, given, out: inside.append(out.dtype))
     image = cast(embeddings(), num_inference_steps=2).images[0]
-    assert inside == [cast.dtype, cast.dtype, torch.float32]
+    decoded_in = {"fp16": torch.float32, "bf16": torch.bfloat16}[mixed_precision]
+    assert inside == [cast.dtype, cast.dtype, decoded_in]
     expected = exact(embeddings(), num_inference_steps=2).images[0]
     assert np.abs(np.asarray(image, int) - np.asarray(expected, int)).mean() < 4  # of 255
 
@@ -245,6 +247,17 @@ def test_sixteen_tokens(tmp_path, monkeypatch):
     assert len(alone) == 1 and alone[0].tobytes() == images[0].tobytes()
     with pytest.raises(ValueError, match=r"must be \(B, 16, 16\), got \(2, 1, 16\)"):
         pipeline(embeddings(2))
+
+
+def test_decoding_in_bfloat16_moves_pixels_by_two_levels_at_most():
+    """The embedded base's decoder, which is trained, on the latents of the README's tile."""
+    exact, cast = (load_pixcell_base(NANO, "cpu", precision) for precision in ("no", "bf16"))
+    tile = image_to_tensor(Image.open(ROOT / "docs" / "tile.png").convert("RGB"))
+    with torch.no_grad():
+        latents = exact.vae.encode(tile[None])[0]
+    expected, pixels = (np.asarray(p.decode(latents), int) for p in (exact, cast))
+    distance = np.abs(pixels - expected)
+    assert 0 < distance.mean() < 0.5 and distance.max() <= 2
 
 
 def test_large_latents_are_decoded_in_tiles(pipeline, monkeypatch):
