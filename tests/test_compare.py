@@ -62,6 +62,11 @@ def test_every_case_is_known_to_both_sides():
         assert case["kind"] in sides.OURS.keys() & sides.PEER.keys()
 
 
+def test_a_ratio_is_ours_over_the_peers_of_the_same_turn():
+    assert compare.ratios_of({"ours": [1.0, 2.0, 9.0], "peer": [2.0, 2.0, 3.0]}) == {
+        "median": 1.0, "min": 0.5, "max": 3.0}
+
+
 def test_turns_ratios_and_table_and_nothing_twice(base, tmp_path, capsys, monkeypatch):
     work, out = base.parent, tmp_path / "results.json"
     arguments = ["--size", "tiny", "--cases", "encoder-float32", "--repeats", "2", "--threads", "1",
