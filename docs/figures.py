@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
-from pixcell_min.base import load_vae
+from pixcell_min.base import NANO, load_vae
 from pixcell_min.checkpoint import write_bytes
 from pixcell_min.data import image_to_tensor, read_tile, tensor_to_image
 from pixcell_min.embeddings import sincos_grid
@@ -46,7 +46,7 @@ def noise_figure() -> Image.Image:
 @torch.no_grad()
 def noised_tile(schedule) -> list[Image.Image]:
     """docs/tile.png, encoded by the embedded VAE, noised at TIMESTEPS with one ε, decoded."""
-    vae = load_vae(device="cpu")
+    vae = load_vae(NANO, "cpu")
     mean, _ = vae.encode(image_to_tensor(read_tile(DOCS / "tile.png"))[None])  # (1, C, h, w)
     noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
     images = [tensor_to_image(vae.decode(schedule.add_noise(mean, noise, torch.tensor([t])))[0])

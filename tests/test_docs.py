@@ -22,8 +22,8 @@ NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 # Flags that are not argparse's of ours: torchrun's, and those of the script that `parity` hands on to.
 OTHERS_FLAGS = {"--nproc-per-node", "--write"}
-# Command lines that are no program of ours: the environment, the tests, the hub's own login.
-NOT_OURS = re.compile(r"python3 -m venv|\. \.venv/|pip install|pytest|git clone|cd ")
+# Command lines that are no program of ours: the environment and the tests.
+NOT_OURS = re.compile(r"python3 -m venv|\. \.venv/|pip install|pytest")
 PROGRAMS = ["train", "sample", *(f"pixcell_min.tools.{name}" for name in (
     "audit", "convert", "doctor", "download", "evaluate", "make_random_snapshot", "original",
     "pretrain", "synthetic"))]
@@ -145,8 +145,8 @@ class Parsed(BaseException):
     """A command line was accepted; nothing else is done with it."""
 
 
-def parse(monkeypatch, program, words):
-    """Let a program of ours parse a command line; → its parser. SystemExit(2) if it refuses."""
+def parse(program, words):
+    """Let a program of ours parse a command line; → its parser. Raises: SystemExit if it refuses."""
     parsers, parse_args = [], argparse.ArgumentParser.parse_args
 
     def only_parse(parser, *arguments):
@@ -154,10 +154,9 @@ def parse(monkeypatch, program, words):
         parse_args(parser, *arguments)
         raise Parsed
 
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", only_parse)
-    with pytest.raises(Parsed):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Parsed):
+        patch.setattr(argparse.ArgumentParser, "parse_args", only_parse)
         importlib.import_module(program).main(words)
-    monkeypatch.undo()
     return parsers[0]
 
 
@@ -174,22 +173,22 @@ def commands(text):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
-def test_commands_are_accepted_by_their_programs(page, monkeypatch):
+def test_commands_are_accepted_by_their_programs(page):
     for block in blocks(page, "bash"):
         for program, words in commands(block):
             assert program in PROGRAMS, program
             try:
-                parse(monkeypatch, program, words)
+                parse(program, words)
             except SystemExit:
                 pytest.fail(f"{program} refuses {' '.join(words)}")
             if program == "train" and "--resume" not in words:
                 parse_train(words)  # the ranges of its values, too
 
 
-def test_a_wrong_command_is_seen(monkeypatch):
+def test_a_wrong_command_is_seen():
     (program, words), = commands("python train.py --rank 8 --no-such-flag  # a remark\n")
     with pytest.raises(SystemExit):
-        parse(monkeypatch, program, words)
+        parse(program, words)
 
 
 @pytest.fixture(scope="module")
@@ -200,9 +199,8 @@ def flags():
               "pixcell_min.tools.evaluate": ["--data", "x", "--run", "y"],
               "pixcell_min.tools.make_random_snapshot": ["pixcell-256", "x"],
               "pixcell_min.tools.synthetic": ["--out", "x"]}
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        return {flag for program in PROGRAMS for flag in parse(
-            monkeypatch, program, needed.get(program, []))._option_string_actions}
+    return {flag for program in PROGRAMS
+            for flag in parse(program, needed.get(program, []))._option_string_actions}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
@@ -225,8 +223,7 @@ def test_the_committed_figure_is_what_its_script_draws(name):
     assert apart.mean() < 0.1
 
 
-def test_the_toys_epsilon_is_that_of_its_data():
-    """Its x0 at the lowest noise is the nearest mode; without noise to speak of, ε is x's own."""
+def test_the_toys_paths_end_in_its_data():
     for name in figures.SCHEDULER_NAMES:
         ends = figures.sampler_paths(name)[-1]
         assert ends.shape == (figures.PATHS,)
@@ -240,7 +237,9 @@ LABELS = {"base": "base", "adapter only": "adapter", "LoRA only": "lora", "**ada
 DECIMALS = {"colour W1": 2, "H angle °": 1, "E angle °": 1, "cosine": 3, "over shuffled": 3,
             "nuclei r": 2, "nearer than 5 %": 2}
 RESULTS = {name: json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text()) for name in (
-    "adaptation_nct", "adaptation_nct_unguided", "adaptation_kather_unguided", "first_run")}
+    "adaptation_nct", "adaptation_nct_unguided", "adaptation_kather_unguided", "first_run",
+    "nano_nct")}
+ADAPTATIONS = [RESULTS[name] for name in RESULTS if name.startswith("adaptation")]
 
 
 def row(label, results):
@@ -252,21 +251,32 @@ def row(label, results):
 
 
 def test_the_readmes_tables_of_adaptation_are_those_of_the_results():
-    made = {row(label, RESULTS[name]) for name in RESULTS if name != "first_run" for label in LABELS
-            if LABELS[label] in RESULTS[name]["variants"]["default"]["columns"]}
+    made = {row(label, results) for results in ADAPTATIONS for label in LABELS
+            if LABELS[label] in results["variants"]["default"]["columns"]}
     rows = [line for line in (ROOT / "README.md").read_text().splitlines()
             if line.count("|") == 9 and line.split("|")[1].strip() in LABELS]
     assert len(rows) == 15
     assert [line for line in rows if line not in made] == []
 
 
-def test_the_readmes_figures_of_the_first_run_are_those_of_the_results():
-    text, its = " ".join((ROOT / "README.md").read_text().split()), RESULTS["first_run"]
-    losses = list(its["validation_loss"].values())
+def test_the_readmes_figures_in_words_are_those_of_the_results():
+    text = " ".join((ROOT / "README.md").read_text().split())
+    first, nano = RESULTS["first_run"], RESULTS["nano_nct"]
+    losses = list(first["validation_loss"].values())
+    trainable, share, total = re.search(
+        r"= ([\d,]+) parameters, ([\d.]+) % of ([\d,]+)", first["printed"][0]).groups()
+    cosines = [f"{nano['guidance'][scale]['cosine']:.2f} at {scale}" for scale in ("1", "3", "9")]
+    left = [its["variants"]["default"]["colour, % of base"] for its in ADAPTATIONS]
     for quoted in (
-            f"{its['wall_seconds_of_train_py']:.0f} s in all", f"{its['tiles']} tiles and the grid",
-            f"{its['seconds_per_optimizer_step']:.2f} s per optimizer step",
+            f"{first['wall_seconds_of_train_py']:.0f} s in all",
+            f"{first['tiles']} tiles and the grid",
+            f"{first['seconds_per_optimizer_step']:.2f} s per optimizer step",
             f"loss {losses[0]:.4f} → {losses[-1]:.4f}",
-            f"{its['file_bytes']['lora_weights.safetensors'] / 1e6:.2f} MB (LoRA)",
-            f"{its['file_bytes']['adapter.safetensors'] / 1e6:.2f} MB (adapter)"):
+            f"{trainable} of {total} parameters ({share} %)",
+            f"{first['file_bytes']['lora_weights.safetensors'] / 1e6:.2f} MB (LoRA)",
+            f"{first['file_bytes']['adapter.safetensors'] / 1e6:.2f} MB (adapter)",
+            f"with {nano['vae_psnr_db']['of the mean squared error']:.1f} dB",
+            f"cosine {', '.join(cosines)}; {len(nano['guidance_tiles'])} tiles",
+            *(f"{its['median']:.0f} % ({', '.join(f'{v:.0f}' for v in its['values'])})"
+              for its in left)):
         assert quoted in text, quoted
