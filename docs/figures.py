@@ -2,8 +2,8 @@
 
     python docs/figures.py
 
-They are made by the functions that the guide explains, and stand beside it: a picture that no longer
-fits the code can be drawn again, and a test says when it must be.
+They are made by the functions that the guide explains, and stand beside it; a test says when one no
+longer fits the code and must be drawn again.
 """
 
 import sys
@@ -40,7 +40,8 @@ def noise_figure() -> Image.Image:
         title = f"{name} over t: {values[0]:.2g} to {values[-1]:.2g}"
         panels.append(curve_panel(title, {title: list(enumerate(values.tolist()))}, {title: BLUE},
                                   WIDE, 200, base=values.min().item()))
-    return below(beside(panels), image_grid([noised_tile(schedule)], [f"t = {t}" for t in TIMESTEPS]))
+    captions = [f"t = {t}" for t in TIMESTEPS]
+    return below(beside(panels), image_grid([noised_tile(schedule)], captions))
 
 
 @torch.no_grad()
@@ -95,7 +96,7 @@ def samplers_figure() -> Image.Image:
 
 
 def sampler_paths(name: str) -> torch.Tensor:
-    """What the network would be given at each row of a sampler's table, then the end: (rows + 1, n)."""
+    """What the network is given at each row of a sampler's table, then the end: (STEPS + 1, PATHS)."""
     sampler = build_scheduler(name, NoiseSchedule.linear())
     generator, x0, paths = torch.Generator().manual_seed(1), None, []
     start = torch.linspace(-1.6, 1.6, PATHS).reshape(-1, 1, 1, 1)

@@ -1,4 +1,4 @@
-"""The README and docs/: quoted code, named tests, links, commands, flags, figures, numbers are true."""
+"""README and docs/: quoted code, named tests, links, commands, flags, figures and numbers are true."""
 
 import argparse
 import importlib
@@ -17,10 +17,10 @@ from pixcell_min.config import parse_train
 
 GUIDE = ROOT / "docs" / "guide.md"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "tests" / "parity.md",
-         *sorted((ROOT / "weights").rglob("*.md"))]
+         ROOT / "weights" / "README.md", ROOT / "weights" / "pixcell-nano" / "README.md"]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
-# Flags that are not argparse's of ours: torchrun's, and those of the script that `parity` hands on to.
+# torchrun's, and that of the script to which `parity` hands its flags on.
 OTHERS_FLAGS = {"--nproc-per-node", "--write"}
 # Command lines that are no program of ours: the environment and the tests.
 NOT_OURS = re.compile(r"python3 -m venv|\. \.venv/|pip install|pytest")
@@ -42,7 +42,7 @@ def blocks(page, language):
 
 
 def citations(text):
-    """[(file, quoted lines)] of a guide: a python block belongs to the link in the line before it."""
+    """[(file, quoted lines)] of the guide: a python block belongs to the link before it."""
     found = []
     for match in FENCE.finditer(text):
         if match[1] == "python":
@@ -124,7 +124,8 @@ def test_links_and_paths_lead_somewhere(page):
             target = (page.parent / path).resolve() if path else page
             assert target.exists(), link
             assert not anchor or anchor in anchors(target.read_text()), link
-    for path in re.findall(r"`((?:pixcell_min|tests|benchmarks|docs|weights)/[\w./-]+\.\w+)`", text):
+    folders = "pixcell_min|tests|benchmarks|docs|weights"
+    for path in re.findall(rf"`((?:{folders})/[\w./-]+\.\w+)`", text):
         assert (ROOT / path).exists(), path
 
 
@@ -146,7 +147,7 @@ class Parsed(BaseException):
 
 
 def parse(program, words):
-    """Let a program of ours parse a command line; → its parser. Raises: SystemExit if it refuses."""
+    """A program of ours parses a command line; → its parser. Raises: SystemExit if it refuses."""
     parsers, parse_args = [], argparse.ArgumentParser.parse_args
 
     def only_parse(parser, *arguments):
@@ -194,7 +195,8 @@ def test_a_wrong_command_is_seen():
 @pytest.fixture(scope="module")
 def flags():
     """Every flag of every program of ours."""
-    needed = {"sample": ["--image", "x"], "pixcell_min.tools.convert": ["x", "y", "--format", "peft"],
+    needed = {"sample": ["--image", "x"],
+              "pixcell_min.tools.convert": ["x", "y", "--format", "peft"],
               "pixcell_min.tools.download": ["sd3-vae"], "pixcell_min.tools.original": ["x", "y"],
               "pixcell_min.tools.evaluate": ["--data", "x", "--run", "y"],
               "pixcell_min.tools.make_random_snapshot": ["pixcell-256", "x"],
@@ -223,22 +225,25 @@ def test_the_committed_figure_is_what_its_script_draws(name):
     assert apart.mean() < 0.1
 
 
-def test_the_toys_paths_end_in_its_data():
+def test_the_toys_paths_end_in_its_data_and_cross_where_noise_is_drawn():
     for name in figures.SCHEDULER_NAMES:
-        ends = figures.sampler_paths(name)[-1]
+        paths = figures.sampler_paths(name)
+        crossing = bool((paths.diff(dim=1) < 0).any())  # they start in rising order
+        assert crossing == (name in ("ddpm", "euler_ancestral"))
+        ends = paths[-1]
         assert ends.shape == (figures.PATHS,)
         assert (ends.abs() - 1).abs().max() < 4 * figures.SPREAD
         assert ends.min() < 0 < ends.max()
 
 
-LABELS = {"base": "base", "adapter only": "adapter", "LoRA only": "lora", "**adapter + LoRA**": "both",
-          "base, recoloured": "colour_only", "real–real floor": "real_real", "VAE round trip": "vae",
-          "copies of training tiles": "copies"}
+LABELS = {"base": "base", "adapter only": "adapter", "LoRA only": "lora",
+          "**adapter + LoRA**": "both", "base, recoloured": "colour_only",
+          "real–real floor": "real_real", "VAE round trip": "vae", "copies of training tiles": "copies"}
 DECIMALS = {"colour W1": 2, "H angle °": 1, "E angle °": 1, "cosine": 3, "over shuffled": 3,
             "nuclei r": 2, "nearer than 5 %": 2}
-RESULTS = {name: json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text()) for name in (
-    "adaptation_nct", "adaptation_nct_unguided", "adaptation_kather_unguided", "first_run",
-    "nano_nct")}
+RESULTS = {name: json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+           for name in ("adaptation_nct", "adaptation_nct_unguided", "adaptation_kather_unguided",
+                        "first_run", "nano_nct")}
 ADAPTATIONS = [RESULTS[name] for name in RESULTS if name.startswith("adaptation")]
 
 
