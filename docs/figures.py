@@ -96,7 +96,7 @@ def samplers_figure() -> Image.Image:
 
 
 def sampler_paths(name: str) -> torch.Tensor:
-    """What the network is given at each row of a sampler's table, then the end: (rows + 1, PATHS)."""
+    """What the network is given at each row of a sampler's table, then the end: (rows + 1, n)."""
     sampler = build_scheduler(name, NoiseSchedule.linear())
     generator, x0, paths = torch.Generator().manual_seed(1), None, []
     start = torch.linspace(-1.6, 1.6, PATHS).reshape(-1, 1, 1, 1)

@@ -14,6 +14,10 @@ from PIL import Image
 
 from conftest import ROOT
 from pixcell_min.config import parse_train
+from pixcell_min.schedulers import NoiseSchedule
+from pixcell_min.training import DEBIASED_MAX
+from pixcell_min.transformer import TransformerConfig
+from pixcell_min.vae import VAEConfig
 
 GUIDE = ROOT / "docs" / "guide.md"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "tests" / "parity.md",
@@ -234,6 +238,18 @@ def test_the_toys_paths_end_in_its_data_and_cross_where_noise_is_drawn():
         assert ends.shape == (figures.PATHS,)
         assert (ends.abs() - 1).abs().max() < 4 * figures.SPREAD
         assert ends.min() < 0 < ends.max()
+
+
+def test_the_guides_numbers_are_those_of_the_code():
+    text, sizes, vae = " ".join(GUIDE.read_text().split()), TransformerConfig(), VAEConfig()
+    for quoted in (
+            f"C latent channels ({sizes.in_channels}), H W latent size (pixels / {vae.downscale})",
+            f"E width of an embedding ({sizes.caption_channels})",
+            f"T train steps ({NoiseSchedule.linear().num_train_timesteps})",
+            f"shift {vae.shift_factor}, scale {vae.scaling_factor}",
+            f"min(1/√SNR, {DEBIASED_MAX:g})", f"the step, {figures.STEPS} in all",
+            f"heaps of numbers at −1 and {figures.MODES[1]:g}"):
+        assert quoted in text, quoted
 
 
 LABELS = {"base": "base", "adapter only": "adapter", "LoRA only": "lora",
