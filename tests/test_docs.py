@@ -1,0 +1,304 @@
+"""README and docs/: quoted code, named tests, links, commands, flags, figures, numbers are true."""
+
+import argparse
+import importlib
+import importlib.util
+import json
+import re
+import shlex
+import textwrap
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conftest import ROOT
+from pixcell_min.config import parse_train
+from pixcell_min.schedulers import NoiseSchedule
+from pixcell_min.training import DEBIASED_MAX
+from pixcell_min.transformer import TransformerConfig
+from pixcell_min.vae import VAEConfig
+
+GUIDE = ROOT / "docs" / "guide.md"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "tests" / "parity.md",
+         ROOT / "weights" / "README.md", ROOT / "weights" / "pixcell-nano" / "README.md"]
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
+# torchrun's, and that of the script to which `parity` hands its flags on.
+OTHERS_FLAGS = {"--nproc-per-node", "--write"}
+# Command lines that are no program of ours: the environment and the tests.
+NOT_OURS = re.compile(r"python3 -m venv|\. \.venv/|pip install|pytest")
+PROGRAMS = ["train", "sample", *(f"pixcell_min.tools.{name}" for name in (
+    "audit", "convert", "doctor", "download", "evaluate", "make_random_snapshot", "original",
+    "pretrain", "synthetic"))]
+
+spec = importlib.util.spec_from_file_location("figures", ROOT / "docs" / "figures.py")
+figures = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(figures)
+
+
+def blocks(page, language):
+    """The fenced blocks of a page in one language."""
+    return [text for found, text in FENCE.findall(page.read_text()) if found == language]
+
+
+# ---------------------------------------------------------------- code and tests that are quoted
+
+
+def citations(text):
+    """[(file, quoted lines)] of the guide: a python block belongs to the link before it."""
+    found = []
+    for match in FENCE.finditer(text):
+        if match[1] == "python":
+            before = text[:match.start()].rstrip().splitlines()[-1]
+            links = re.findall(r"\]\(\.\./([\w/]+\.py)\)", before)
+            assert links, f"a block without its file: {match[2]}"
+            found.append((links[-1], match[2].splitlines()))
+    return found
+
+
+def stands_in(lines, source) -> bool:
+    """Whether the lines are lines of the source, in its order, indented alike from the first on.
+
+    They follow one another directly, but for "…" lines, which stand for any number of others.
+    """
+    source, at = source.splitlines(), 0
+    for part in "\n".join(lines).split("…\n"):
+        part = part.rstrip("\n")
+        count = part.count("\n") + 1
+        found = [i for i in range(at, len(source)) if
+                 textwrap.dedent("\n".join(source[i:i + count])) == part]
+        if not found:
+            return False
+        at = found[0] + count
+    return True
+
+
+def test_every_quoted_line_stands_in_the_named_file():
+    quoted = citations(GUIDE.read_text())
+    assert len(quoted) >= 20
+    for file, lines in quoted:
+        assert stands_in(lines, (ROOT / file).read_text()), (file, lines)
+
+
+def test_a_quotation_that_is_off_by_a_word_an_order_or_a_line_is_seen():
+    source = "def f(x):\n    y = x\n    z = y\n    return z\n"
+    assert stands_in(["y = x", "z = y"], source) and stands_in(["y = x", "…", "return z"], source)
+    for wrong in (["y = X"], ["z = y", "y = x"], ["y = x", "return z"], ["return z", "…", "y = x"],
+                  ["y = x", "    z = y"]):
+        assert not stands_in(wrong, source), wrong
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_every_named_test_exists(page):
+    for file, name in re.findall(r"(test_\w+\.py)::(\w+)", page.read_text()):
+        assert re.search(rf"^def {name}\(", (ROOT / "tests" / file).read_text(), re.M), name
+
+
+def test_the_guide_names_a_test_and_a_line_for_each_step():
+    steps = re.split(r"^## ", GUIDE.read_text().partition("\n## The steps")[2], flags=re.M)
+    parts = [part for step in steps for part in re.split(r"^### ", step, flags=re.M)[1:]]
+    assert len(parts) >= 15
+    for part in parts:
+        assert "```python" in part and "::test_" in part, part.splitlines()[0]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != GUIDE],
+                         ids=[name for name in NAMES if name != "docs/guide.md"])
+def test_python_blocks_compile(page):
+    for block in blocks(page, "python"):
+        compile(block, str(page), "exec")
+
+
+# ---------------------------------------------------------------- links, files
+
+
+def anchors(text):
+    """The names that GitHub gives the headings of a page."""
+    heads = re.findall(r"^#+ (.+)$", FENCE.sub("", text), re.M)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_links_and_paths_lead_somewhere(page):
+    text = FENCE.sub("", page.read_text())
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not link.startswith(("https://", "http://")):
+            path, _, anchor = link.partition("#")
+            target = (page.parent / path).resolve() if path else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target.read_text()), link
+    folders = "pixcell_min|tests|benchmarks|docs|weights"
+    for path in re.findall(rf"`((?:{folders})/[\w./-]+\.\w+)`", text):
+        assert (ROOT / path).exists(), path
+
+
+def test_the_file_guide_has_a_row_for_each_file_and_no_other():
+    table = (ROOT / "README.md").read_text().partition("\n## Files\n")[2].partition("\n## ")[0]
+    rows = {name for line in table.splitlines() if line.startswith("| `")
+            for name in re.findall(r"`([^`]+)`", line.split("|")[1])}
+    files = {str(path.relative_to(ROOT)) for path in (ROOT / "pixcell_min").rglob("*.py")
+             if path.name != "__init__.py"}
+    assert not files - rows
+    assert [row for row in rows if not (ROOT / row).exists()] == []
+
+
+# ---------------------------------------------------------------- commands
+
+
+class Parsed(BaseException):
+    """A command line was accepted; nothing else is done with it."""
+
+
+def parse(program, words):
+    """A program of ours parses a command line; → its parser. Raises: SystemExit if it refuses."""
+    parsers, parse_args = [], argparse.ArgumentParser.parse_args
+
+    def only_parse(parser, *arguments):
+        parsers.append(parser)
+        parse_args(parser, *arguments)
+        raise Parsed
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Parsed):
+        patch.setattr(argparse.ArgumentParser, "parse_args", only_parse)
+        importlib.import_module(program).main(words)
+    return parsers[0]
+
+
+def commands(text):
+    """[(program, words)] of the `python …` commands of a shell block."""
+    found = []
+    for line in re.split(r"\n|&&", text.replace("\\\n", " ")):
+        words = shlex.split(line, comments=True)
+        if words and not NOT_OURS.match(line.strip()):
+            assert words[0] == "python", line
+            module = words[1] == "-m"
+            found.append((words[2] if module else words[1].removesuffix(".py"), words[2 + module:]))
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_commands_are_accepted_by_their_programs(page):
+    for block in blocks(page, "bash"):
+        for program, words in commands(block):
+            assert program in PROGRAMS, program
+            try:
+                parse(program, words)
+            except SystemExit:
+                pytest.fail(f"{program} refuses {' '.join(words)}")
+            if program == "train" and "--resume" not in words:
+                parse_train(words)  # the ranges of its values, too
+
+
+def test_a_wrong_command_is_seen():
+    (program, words), = commands("python train.py --rank 8 --no-such-flag  # a remark\n")
+    with pytest.raises(SystemExit):
+        parse(program, words)
+
+
+@pytest.fixture(scope="module")
+def flags():
+    """Every flag of every program of ours."""
+    needed = {"sample": ["--image", "x"],
+              "pixcell_min.tools.convert": ["x", "y", "--format", "peft"],
+              "pixcell_min.tools.download": ["sd3-vae"], "pixcell_min.tools.original": ["x", "y"],
+              "pixcell_min.tools.evaluate": ["--data", "x", "--run", "y"],
+              "pixcell_min.tools.make_random_snapshot": ["pixcell-256", "x"],
+              "pixcell_min.tools.synthetic": ["--out", "x"]}
+    return {flag for program in PROGRAMS
+            for flag in parse(program, needed.get(program, []))._option_string_actions}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_every_flag_that_is_named_exists(page, flags):
+    named = {flag for code in re.findall(r"`([^`\n]+)`", FENCE.sub("", page.read_text()))
+             for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", code)}
+    assert not named - flags - OTHERS_FLAGS
+
+
+# ---------------------------------------------------------------- figures, numbers
+
+
+@pytest.mark.parametrize("name", figures.FIGURES)
+def test_the_committed_figure_is_what_its_script_draws(name):
+    path = ROOT / "docs" / f"{name}.png"
+    drawn, committed = figures.FIGURES[name](), Image.open(path)
+    assert path.stat().st_size < 200_000 and drawn.size == committed.size
+    # Not bit for bit: machines may round apart. LoRA's scale 10 % off, for one, makes 0.38.
+    apart = np.abs(np.asarray(drawn, float) - np.asarray(committed.convert("RGB"), float))
+    assert apart.mean() < 0.3  # grey levels
+
+
+def test_the_toys_paths_end_in_its_data_and_cross_where_noise_is_drawn():
+    for name in figures.SCHEDULER_NAMES:
+        paths = figures.sampler_paths(name)
+        crossing = bool((paths.diff(dim=1) < 0).any())  # they start in rising order
+        assert crossing == (name in ("ddpm", "euler_ancestral"))
+        ends = paths[-1]
+        assert ends.shape == (figures.PATHS,)
+        assert (ends.abs() - 1).abs().max() < 4 * figures.SPREAD
+        assert ends.min() < 0 < ends.max()
+
+
+def test_the_guides_numbers_are_those_of_the_code():
+    text, sizes, vae = " ".join(GUIDE.read_text().split()), TransformerConfig(), VAEConfig()
+    for quoted in (
+            f"C latent channels ({sizes.in_channels}), H W latent size (pixels / {vae.downscale})",
+            f"E width of an embedding ({sizes.caption_channels})",
+            f"T train steps ({NoiseSchedule.linear().num_train_timesteps})",
+            f"shift {vae.shift_factor}, scale {vae.scaling_factor}",
+            f"min(1/√SNR, {DEBIASED_MAX:g})", f"the step, {figures.STEPS} in all",
+            f"heaps of numbers at −1 and {figures.MODES[1]:g}"):
+        assert quoted in text, quoted
+
+
+LABELS = {"base": "base", "adapter only": "adapter", "LoRA only": "lora",
+          "**adapter + LoRA**": "both", "base, recoloured": "colour_only",
+          "real–real floor": "real_real", "VAE round trip": "vae",
+          "copies of training tiles": "copies"}
+DECIMALS = {"colour W1": 2, "H angle °": 1, "E angle °": 1, "cosine": 3, "over shuffled": 3,
+            "nuclei r": 2, "nearer than 5 %": 2}
+RESULTS = {name: json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+           for name in ("adaptation_nct", "adaptation_nct_unguided", "adaptation_kather_unguided",
+                        "first_run", "nano_nct")}
+ADAPTATIONS = [RESULTS[name] for name in RESULTS if name.startswith("adaptation")]
+
+
+def row(label, results):
+    """A line of the README's tables: each measure's median (lowest…highest) over the seeds."""
+    cells = [f"{its['median']:.{n}f} ({min(its['values']):.{n}f}…{max(its['values']):.{n}f})"
+             if (its := results["variants"]["default"]["columns"][LABELS[label]].get(name)) else "–"
+             for name, n in DECIMALS.items()]
+    return f"| {label} | {' | '.join(cells)} |"
+
+
+def test_the_readmes_tables_of_adaptation_are_those_of_the_results():
+    made = {row(label, results) for results in ADAPTATIONS for label in LABELS
+            if LABELS[label] in results["variants"]["default"]["columns"]}
+    rows = [line for line in (ROOT / "README.md").read_text().splitlines()
+            if line.count("|") == 9 and line.split("|")[1].strip() in LABELS]
+    assert len(rows) == 15
+    assert [line for line in rows if line not in made] == []
+
+
+def test_the_readmes_figures_in_words_are_those_of_the_results():
+    text = " ".join((ROOT / "README.md").read_text().split())
+    first, nano = RESULTS["first_run"], RESULTS["nano_nct"]
+    losses = list(first["validation_loss"].values())
+    trainable, share, total = re.search(
+        r"= ([\d,]+) parameters, ([\d.]+) % of ([\d,]+)", first["printed"][0]).groups()
+    cosines = [f"{nano['guidance'][scale]['cosine']:.2f} at {scale}" for scale in ("1", "3", "9")]
+    left = [its["variants"]["default"]["colour, % of base"] for its in ADAPTATIONS]
+    for quoted in (
+            f"{first['wall_seconds_of_train_py']:.0f} s in all",
+            f"{first['tiles']} tiles and the grid",
+            f"{first['seconds_per_optimizer_step']:.2f} s per optimizer step",
+            f"loss {losses[0]:.4f} → {losses[-1]:.4f}",
+            f"{trainable} of {total} parameters ({share} %)",
+            f"{first['file_bytes']['lora_weights.safetensors'] / 1e6:.2f} MB (LoRA)",
+            f"{first['file_bytes']['adapter.safetensors'] / 1e6:.2f} MB (adapter)",
+            f"with {nano['vae_psnr_db']['of the mean squared error']:.1f} dB",
+            f"cosine {', '.join(cosines)}; {len(nano['guidance_tiles'])} tiles",
+            *(f"{its['median']:.0f} % ({', '.join(f'{v:.0f}' for v in its['values'])})"
+              for its in left)):
+        assert quoted in text, quoted
