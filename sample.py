@@ -125,6 +125,7 @@ def sample(options) -> None:
                 "scheduler": options.scheduler, "eta": options.eta}
     made_by = {**settings, "base_hash": pipeline.base_hash, "tile_fit": fit,
                "lora_scale": options.lora_scale, "precision": str(pipeline.dtype or "float32"),
+               "decoded_in": str(pipeline.decoding_dtype or "float32"),
                "device": pipeline.device.type,
                "lora_hash": "-".join(file_hash(file) for path, _ in options.lora or ()
                                      for file in lora_files(path)) or None,

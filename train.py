@@ -92,8 +92,11 @@ def train(config: Config, options, command, processes=Processes()) -> int:
     check_shares(config, processes)
     if config.deterministic:
         make_deterministic()
-    tiles = (find_precomputed(config.features) if config.features else
-             find_tiles(config.data or second_laboratory(config.cache)))
+    with processes.one_first():
+        tiles = (find_precomputed(config.features) if config.features else
+                 find_tiles(config.data or second_laboratory(config.cache)))
+    if config.class_balanced:
+        group_by_class(tiles)  # refused now, not after hours of encoding
     pipeline = load_pixcell_base(
         config.base, processes.device(config.device), config.mixed_precision)
     transformer, schedule, dtype = pipeline.transformer, pipeline.schedule, pipeline.dtype
@@ -137,7 +140,8 @@ def train(config: Config, options, command, processes=Processes()) -> int:
             raise ValueError(f"{error}; {kept(run, error)}") from None
     if stop.received and processes.is_first:
         print(f"train.py: stopped by {signal.Signals(stop.received).name} after step "
-              f"{state.progress.step}, saved; go on with: {resume_command(run)}", file=sys.stderr)
+              f"{state.progress.step}, saved; go on with: {resume_command(run)}"
+              f"{' (or torchrun … train.py …)' * (processes.size > 1)}", file=sys.stderr)
     if stop.received:
         return 128 + stop.received
     if config.sample_count:

@@ -32,12 +32,13 @@ import train  # noqa: E402
 from first_run import machine  # noqa: E402
 from pixcell_min.base import (encoder_folder, load_encoder, load_pixcell_base, load_vae,  # noqa: E402
                               vae_weights)
+from pixcell_min.batches import Batch  # noqa: E402
 from pixcell_min.checkpoint import read_json, write_text  # noqa: E402
 from pixcell_min.config import Config  # noqa: E402
 from pixcell_min.features import encode_images  # noqa: E402
 from pixcell_min.precision import autocast  # noqa: E402
 from pixcell_min.tools.make_random_snapshot import TRANSFORMERS, write_snapshot  # noqa: E402
-from pixcell_min.training import Batch, diffusion_loss, optimizer_step  # noqa: E402
+from pixcell_min.training import diffusion_loss, optimizer_step  # noqa: E402
 from pixcell_min.transformer import PixCellTransformer, TransformerConfig  # noqa: E402
 from pixcell_min.uni import TileEncoder  # noqa: E402
 from pixcell_min.vae import AutoencoderKL, VAEConfig  # noqa: E402

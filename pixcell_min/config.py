@@ -118,6 +118,8 @@ class Config:
             object.__setattr__(self, field.name, value)
         if self.data is not None and self.features is not None:
             raise ValueError("Config: data and features are both given; expected one of the two")
+        if self.early_stop and not self.validate_every:
+            raise ValueError("Config: early_stop without validations; set validate_every above 0")
         if self.learning_rate == self.adapter_learning_rate == 0:
             raise ValueError("Config: learning_rate and adapter_learning_rate are both 0: nothing "
                              "would be trained")

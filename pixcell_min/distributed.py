@@ -4,8 +4,8 @@
 
 Micro-step k of a step goes to process k mod W, and gradients are averaged by PyTorch's
 DistributedDataParallel: the global batch, and every number drawn for it, is that of one process.
-Process 0 alone writes; the others get what it measured or read. Between processes go tensors and
-plain data, no code.
+Process 0 alone writes the run's folder; the others get what it measured or read. Between processes
+go tensors and plain data, no code.
 """
 
 import io
@@ -19,7 +19,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 PATIENCE = timedelta(days=7)  # others encode 100,000 tiles, say; torchrun ends all if one fails
-LOST = ("Connection closed by peer", "Connection reset by peer", "DistBackendError")
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "DistBackendError",
+        "DistStoreError", "DistNetworkError")
 
 
 class _Loss(torch.nn.Module):
@@ -127,12 +128,16 @@ class Processes:
 def joined(device: str):
     """The processes that torchrun's environment variables describe; without them: alone.
 
-    Raises: ValueError if a machine has more processes than CUDA cards.
+    Raises: ValueError if one of them is missing, or a machine has more processes than CUDA cards.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield Processes()
         return
-    processes = Processes(*(int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")))
+    names = "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
+    if missing := [name for name in names if name not in os.environ]:
+        raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but {', '.join(missing)} is not "
+                         "set; start with torchrun, or unset WORLD_SIZE")
+    processes = Processes(*(int(os.environ[name]) for name in names[:3]))
     cuda = device != "cpu" and torch.cuda.is_available()
     if cuda and processes.local_rank >= torch.cuda.device_count():
         raise ValueError(f"process {processes.local_rank} of this machine has no CUDA card; there "

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from pixcell_min.checkpoint import save_tensors, write_text
+from pixcell_min.checkpoint import read_json, save_tensors, write_text
 from pixcell_min.formats import (DIFFUSERS_CONFIG, DIFFUSERS_PREFIX, KOHYA_PREFIX, PEFT_CONFIG,
                                  PEFT_WEIGHTS, LoRAFile)
 from pixcell_min.lora import PEFT_PREFIX
@@ -42,10 +42,9 @@ def write_lora(lora: LoRAFile, path, form: str, overwrite=False) -> list[tuple]:
         raise ValueError(f"{path}: diffusers passes over files named {', '.join(PASSED_OVER)}; "
                          "choose another name")
     for target in targets:
-        if target.exists() and not (overwrite and (
-                (target / PEFT_CONFIG).is_file() if form == "peft" else target.is_file())):
-            raise ValueError(f"{target}: exists; --overwrite replaces a file by a file, a folder of "
-                             "PEFT by another; or choose another name")
+        if target.exists() and not (overwrite and _replaceable(target, form)):
+            raise ValueError(f"{target}: exists; --overwrite replaces files and PEFT folders as "
+                             "written here, that hold nothing else; or choose another name")
     tensors, own, scales = _encode(lora, form)
     provenance = json.dumps({**lora.header, "written_as": form, "read_from": lora.format}, indent=1)
     header = {**lora.header, **own}
@@ -58,6 +57,15 @@ def write_lora(lora: LoRAFile, path, form: str, overwrite=False) -> list[tuple]:
         save_tensors(path, tensors, header)
         write_text(path.with_suffix(".json"), provenance + "\n")
     return [(key, tuple(tensor.shape), scales[key]) for key, tensor in tensors.items()]
+
+
+def _replaceable(target, form):
+    """Whether nothing but a LoRA and what this module writes beside it would be lost."""
+    if form == "peft":
+        return target.is_dir() and {PEFT_CONFIG} <= {path.name for path in target.iterdir()} <= {
+            *PEFT_WEIGHTS, PEFT_CONFIG, PROVENANCE}
+    return target.is_file() and (
+        target.suffix == ".safetensors" or "written_as" in read_json(target))
 
 
 def peft_config(lora: LoRAFile) -> dict:
@@ -103,7 +111,8 @@ def _encode(lora, form):
             short = KOHYA_PREFIX + name.replace(".", "_")
             key = f"{short}.lora_{'down' if part == 'A.weight' else 'up'}.weight"
             alpha = lora.scaling(name) * lora.layers[name]["rank"]
-            tensors[f"{short}.alpha"], scales[f"{short}.alpha"] = torch.tensor(alpha), alpha
+            tensors[f"{short}.alpha"] = torch.tensor(alpha)
+            scales[f"{short}.alpha"] = lora.scaling(name)
         else:
             key = (DIFFUSERS_PREFIX if form == "diffusers" else PEFT_PREFIX) + key
         tensors[key], scales[key] = tensor.float(), lora.scaling(name)

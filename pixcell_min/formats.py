@@ -71,12 +71,15 @@ def read_lora(path, model=None, alpha=None) -> LoRAFile:
     """Read any of the formats, on the CPU, in the file's own dtype.
 
     model: the plain base; names kohya's layers and is compared with the base tensors of the
-    authors' files. alpha: for files that name none, diffusers' without metadata and the authors'
-    (default there: the rank, as they train). Raises: ValueError: missing, broken, ambiguous,
+    authors' files. alpha: for files that name none, diffusers' without metadata, kohya's and the
+    authors' (default of these two: the rank). Raises: ValueError: missing, broken, ambiguous,
     unpaired, not finite, of another base, or changing the network in a way not read here.
     """
     path, *config = lora_files(path)
     tensors, header = read_tensors(path)
+    if alpha is not None and (config or header.keys() & {"lora_config", DIFFUSERS_CONFIG} or any(
+            key.endswith(".alpha") for key in tensors)):
+        raise ValueError(f"{path}: names its own alpha; leave out --alpha")
     if config:
         state, settings = _strip(tensors, PEFT_PREFIX, path), read_json(config[0])
         if settings.get("peft_type") != "LORA":
@@ -87,7 +90,7 @@ def read_lora(path, model=None, alpha=None) -> LoRAFile:
         form, state = "native", _strip(tensors, PEFT_PREFIX, path)
         layers = _native_layers(header.pop("lora_config"), path)
     elif any(key.startswith(KOHYA_PREFIX) for key in tensors):
-        form, (state, layers) = "kohya", _read_kohya(tensors, model, path)
+        form, (state, layers) = "kohya", _read_kohya(tensors, model, alpha, path)
     elif any(".base_layer." in key for key in tensors):
         form, state = "authors", _read_authors(tensors, model, path)
         layers = _equal_layers(state, alpha)
@@ -142,6 +145,8 @@ def load_loras(model, files, scale=1.0, expected_base_hash=None) -> list[dict[st
         if expected_base_hash not in (None, made_for):
             raise ValueError(f"{path}: LoRA of base {made_for}, the loaded base is "
                              f"{expected_base_hash}; load the base it was trained on")
+        if file.format == "authors" and expected_base_hash:  # its base tensors were compared
+            file.header["base_hash"] = expected_base_hash
     (file, weight), *others = read
     if others:
         file, weight = stack(read), 1.0
@@ -254,7 +259,7 @@ def _diffusers_layers(state, text, alpha, path):
     return _peft_layers(state, _strip(config, DIFFUSERS_PREFIX, path), path)
 
 
-def _read_kohya(tensors, model, path):
+def _read_kohya(tensors, model, alpha, path):
     if model is None:
         raise ValueError(f"{path}: kohya's names hold underscores for dots; the base is needed to "
                          "tell them apart: give --base")
@@ -262,7 +267,8 @@ def _read_kohya(tensors, model, path):
     state, alphas = {}, {}
     for key, tensor in tensors.items():
         short, _, part = key.removeprefix(KOHYA_PREFIX).partition(".")
-        if short not in full or part not in (*KOHYA_PARTS, "alpha") or key == short:
+        if (not key.startswith(KOHYA_PREFIX) or short not in full
+                or part not in (*KOHYA_PARTS, "alpha")):
             raise ValueError(f"{path}: LoRA key {key!r} names no linear layer of the base, or is "
                              f"none of {', '.join(KOHYA_PARTS)}, alpha")
         if part == "alpha":
@@ -271,7 +277,7 @@ def _read_kohya(tensors, model, path):
             alphas[full[short]] = tensor.item()
         else:
             state[f"{full[short]}.{KOHYA_PARTS[part]}"] = tensor
-    layers = _equal_layers(state)
+    layers = _equal_layers(state, alpha)
     if unpaired := sorted(alphas.keys() - layers.keys()):
         raise ValueError(f"{path}: alpha of {unpaired[0]!r}, which has no other tensor")
     for name, its in layers.items():

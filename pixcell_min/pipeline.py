@@ -168,13 +168,17 @@ class PixCellPipeline:
             raise ValueError("embedding holds NaN or infinity; check the tile and the adapter")
         return embedding.to(self.transformer.scale_shift_table.dtype)
 
+    @property
+    def decoding_dtype(self) -> torch.dtype | None:
+        """Autocast dtype of the decoder: float16 would overflow there, bfloat16 has float32's range."""
+        return self.dtype if self.dtype == torch.bfloat16 else None
+
     @torch.no_grad()
     def decode(self, latents) -> Image.Image:
         """Latents (1, C, H, W) → one PIL image; in bfloat16 if the pipeline is, else in float32."""
         weight = self.vae.decoder.conv_in.weight
         large = max(latents.shape[2:]) > TILED_DECODE_ABOVE
-        # float16 would overflow; bfloat16 has float32's range and moves a pixel by a level or two.
-        with autocast(self.device, self.dtype if self.dtype == torch.bfloat16 else None):
+        with autocast(self.device, self.decoding_dtype):
             pixels = (self.vae.decode_tiled if large else self.vae.decode)(latents.to(weight))
         if not pixels.isfinite().all():
             raise ValueError("the decoded image is not finite: weights or LoRA are broken, "

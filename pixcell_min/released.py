@@ -9,6 +9,11 @@ from typing import NamedTuple
 
 HUB = "https://huggingface.co"
 VAE_FILE = "vae/diffusion_pytorch_model.safetensors"
+# PixCell's scheduler_config.json, as reported of the released pipeline.
+SCHEDULER = {"_class_name": "DPMSolverMultistepScheduler", "num_train_timesteps": 1000,
+             "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear",
+             "prediction_type": "epsilon", "algorithm_type": "dpmsolver++", "solver_order": 2,
+             "solver_type": "midpoint", "timestep_spacing": "linspace"}
 
 
 class Release(NamedTuple):

@@ -24,6 +24,7 @@ from pixcell_min.embeddings import (CaptionProjection, PatchEmbed, TimestepModul
 from pixcell_min.loading import load_weights
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+PLAIN_ATTENTION_UP_TO = 1024  # tokens: a 512-px tile; its N×N products are kept for the backward
 # What this text implements; a config that says otherwise describes another network.
 FIXED = {"_class_name": "PixCellTransformer2DModel", "activation_fn": "gelu-approximate",
          "attention_bias": True, "attention_type": "default", "norm_type": "ada_norm_single",
@@ -97,7 +98,8 @@ class Attention(nn.Module):
 
 def attend(q, k, v):
     """softmax(q·kᵀ / √d)·v over (B, heads, N, d), softmax in float32."""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
+    if (q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled()
+            and q.shape[2] <= PLAIN_ATTENTION_UP_TO):
         # The fused kernel's bfloat16 backward leaves the CPU's matrix unit idle: this is 2× faster.
         return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v)

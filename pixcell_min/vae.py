@@ -244,7 +244,8 @@ class AutoencoderKL(nn.Module):
         total, weights = None, None
         for top in tile_starts(height, tile, overlap):
             for left in tile_starts(width, tile, overlap):
-                part = self.decode(latents[..., top:top + tile, left:left + tile])
+                # float32: in half precision the window's own sums and ends would round.
+                part = self.decode(latents[..., top:top + tile, left:left + tile]).float()
                 fade = [ramp(n, overlap * self.downscale, part) for n in part.shape[2:]]
                 window = fade[0][:, None] * fade[1]
                 if total is None:

@@ -168,6 +168,11 @@ def test_images_and_precomputed_features_exclude_each_other():
     refused(lambda: parse_train(["--data", "d", "--features", "f"]), "data and features are both")
 
 
+def test_an_early_stop_needs_validations():
+    with pytest.raises(ValueError, match="early_stop without validations"):
+        parse_train(["--early-stop", "3", "--validate-every", "0"])
+
+
 def test_one_of_the_two_rates_may_be_zero():
     assert parse_train(["--learning-rate", "0"])[0].learning_rate == 0
     assert parse_train(["--adapter-learning-rate", "0"])[0].adapter_learning_rate == 0

@@ -166,10 +166,18 @@ def test_each_process_takes_a_card_of_its_own(name, cuda, expected, monkeypatch)
 def test_more_processes_than_cards_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost",
+                        "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="no CUDA card; there are 1"), joined("auto"):
         pass
+
+
+def test_half_of_torchruns_environment_is_refused(arguments, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    assert train.main(arguments) == 2
+    assert "WORLD_SIZE is 2 but RANK, " in capsys.readouterr().err
 
 
 def test_alone_nothing_is_sent_or_wrapped():

@@ -52,6 +52,8 @@ def test_the_table_names_every_release_its_gate_and_its_licence(own_base, capsys
         assert f"tools.download {name}" in text
         assert (f"gated: ask at {release.page}" in text) == release.gated
     assert f"torch {torch.__version__.split('+')[0]}" in text and "disk free" in text
+    missing = sum(release.gigabytes for release in RELEASES.values())
+    assert f"what is missing takes {missing:.1f} GB: " in text
 
 
 def test_without_arguments_it_looks_at_the_embedded_base_and_both_released_ones(

@@ -178,6 +178,8 @@ def test_kohya_without_alpha_is_alpha_equal_to_the_rank(spoil, own, base, tmp_pa
     (lambda t: t.pop(f"{STEM}.lora_up.weight"), "missing LoRA key 'transformer_blocks.0.attn1.to_out.0.lora_B"),
     (lambda t: t.update({f"{STEM}.lora_mid.weight": torch.zeros(1)}), f"{STEM}.lora_mid.weight' names no"),
     (lambda t: t.update({f"{STEM}_1.lora_up.weight": torch.zeros(1)}), f"{STEM}_1.lora_up.weight' names no"),
+    (lambda t: t.update({f"{STEM.removeprefix('lora_unet_')}.lora_up.weight": t.pop(f"{STEM}.lora_up.weight")}),
+     "transformer_blocks_0_attn1_to_out_0.lora_up.weight' names no"),
     (lambda t: t.update({"lora_te_mlp.lora_up.weight": torch.zeros(1)}), "'lora_te_mlp.lora_up.weight' names no"),
     (lambda t: t.update({f"{STEM}.alpha": torch.tensor(math.nan)}), "alpha must be finite"),
     (lambda t: t.update({f"{STEM}.alpha": torch.tensor([1.0, 2.0])}), f"{STEM}.alpha"),
@@ -410,3 +412,42 @@ def test_convert_takes_alpha_for_a_file_that_names_none(own, tmp_path, capsys):
     assert convert_main(arguments) == 2 and "names no alpha" in capsys.readouterr().err
     assert convert_main([*arguments, "--alpha", "6"]) == 0
     assert read_lora(tmp_path / "n.safetensors").scaling("transformer_blocks.0.attn1.to_v") == 2
+
+
+def test_an_alpha_beside_the_files_own_is_refused(own, base, tmp_path):
+    kohya, diffusers, peft = (tmp_path / name for name in ("k.safetensors", "d.safetensors", "p"))
+    for path, form in ((kohya, "kohya"), (diffusers, "diffusers"), (peft, "peft")):
+        write_lora(read_lora(own), path, form)
+    for path in (own, kohya, diffusers, peft):
+        with pytest.raises(ValueError, match="names its own alpha; leave out --alpha"):
+            read_lora(path, base, 6.0)
+    bare = spoilt_kohya(own, tmp_path, lambda t: [t.pop(k) for k in list(t) if k.endswith(".alpha")])
+    assert read_lora(bare, base, 6.0).scaling("transformer_blocks.0.attn1.to_v") == 2  # rank 3
+
+
+def test_kohyas_report_says_the_scale_not_alpha(own, tmp_path):
+    lora = read_lora(own)
+    report = write_lora(lora, tmp_path / "k.safetensors", "kohya")
+    assert {scale for key, _, scale in report if "0_attn1_to_v." in key} == {
+        lora.scaling("transformer_blocks.0.attn1.to_v")}
+
+
+@pytest.mark.parametrize("form, other", [("peft", "p/checkpoint-500"), ("native", "n.json")])
+def test_overwrite_loses_nothing_that_was_not_written_here(form, other, own, tmp_path):
+    target = tmp_path / ("p" if form == "peft" else "n.safetensors")
+    write_lora(read_lora(own), target, form)
+    write_lora(read_lora(own), target, form, overwrite=True)
+    (tmp_path / other).unlink(missing_ok=True)
+    (tmp_path / other).write_text('{"mine": 1}')
+    with pytest.raises(ValueError, match="that hold nothing else"):
+        write_lora(read_lora(own), target, form, overwrite=True)
+    assert (tmp_path / other).read_text() == '{"mine": 1}'
+
+
+def test_the_authors_file_once_compared_names_its_base(base, tiny_base, tmp_path, capsys):
+    path = authors_file(of_attn2(tiny_base), tmp_path / "staining.pth")
+    assert load_lora(base, path, expected_base_hash="h")["base_hash"] == "h"
+    target = tmp_path / "n.safetensors"
+    assert convert_main([str(path), str(target), "--format", "native", "--base", str(tiny_base)]) == 0
+    assert "names no base_hash" not in capsys.readouterr().out
+    assert read_lora(target).header["base_hash"] == file_hash(tiny_base / "transformer" / WEIGHTS_NAME)

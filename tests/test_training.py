@@ -304,6 +304,9 @@ def test_a_balanced_run_evens_out_its_classes_and_needs_two(arguments, tiles, tm
     assert train.main([*flags, "--data", str(tiles / "TUM"), "--out", str(tmp_path / "o")]) == 2
     error = capsys.readouterr().err
     assert "class-balanced sampling" in error and not (tmp_path / "o").exists()
+    with pytest.MonkeyPatch.context() as patch:  # refused before anything is loaded or encoded
+        patch.setattr(train, "load_pixcell_base", None)
+        assert train.main([*flags, "--data", str(tiles / "TUM"), "--out", str(tmp_path / "o")]) == 2
 
 
 def test_bands_part_the_validation_loss_by_timestep(arguments, tmp_path, monkeypatch):

@@ -385,3 +385,13 @@ def test_truncated_or_absent_files_are_refused(tiny_base, tmp_path):
     (tmp_path / WEIGHTS_NAME).write_bytes(content[:-100])
     with pytest.raises(ValueError, match="truncated"):
         PixCellTransformer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("tokens", [4, 6])
+def test_bf16_attention_is_the_fused_one_above_some_tokens(tokens, monkeypatch):
+    monkeypatch.setattr(module, "PLAIN_ATTENTION_UP_TO", 5)
+    fused = []
+    monkeypatch.setattr(module.F, "scaled_dot_product_attention",
+                        lambda q, k, v: fused.append(q.shape[2]) or v)
+    module.attend(*torch.randn(3, 1, 2, tokens, 8, dtype=torch.bfloat16))
+    assert fused == [6] * (tokens == 6)

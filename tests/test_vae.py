@@ -107,6 +107,17 @@ def test_an_image_of_one_tile_is_decoded_whole():
     assert not torch.equal(vae.decode_tiled(latents, 6, 2), vae.decode(latents))
 
 
+@torch.no_grad()
+def test_in_half_precision_tiles_are_joined_in_float32(monkeypatch):
+    vae, latents = tiny(), torch.randn(1, 16, 70, 66)
+    decode = vae.decode
+    monkeypatch.setattr(vae, "decode", lambda z: decode(z).bfloat16())
+    tiled = vae.decode_tiled(latents, 64, 16)
+    assert tiled.dtype == torch.float32 and tiled.isfinite().all()
+    monkeypatch.setattr(vae, "decode", lambda z: decode(z).bfloat16().float())
+    assert torch.equal(tiled, vae.decode_tiled(latents, 64, 16))
+
+
 @pytest.mark.parametrize("overlap", [2, 6])
 def test_tiles_of_other_brightness_are_cross_faded(overlap, monkeypatch):
     # Group norms see one tile, so neighbours differ in brightness: here by 1, black beside white.

@@ -26,6 +26,8 @@ def convert(source, target, form, base=None, alpha=None, overwrite=False) -> lis
         folder = find_base(base) / "transformer"
         model = PixCellTransformer.from_pretrained(folder)
     lora = read_lora(source, model, alpha)
+    if model and lora.format == "authors":  # its base tensors were compared
+        lora.header["base_hash"] = file_hash(folder / WEIGHTS_NAME)
     made_for = lora.header.get("base_hash")
     if model and made_for not in (None, loaded := file_hash(folder / WEIGHTS_NAME)):
         raise ValueError(f"{source}: LoRA of base {made_for}, {base} is {loaded}; name the base it "
@@ -59,6 +61,9 @@ def main(argv=None) -> int:
     except ValueError as error:
         print(f"convert: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"convert: interrupted; {options.target} was not written", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -267,6 +267,10 @@ def table(report: dict) -> list[str]:
     lines.append(f"machine: {here['cores']} cores, "
                  f"memory free {f'{memory / 1e9:.1f} GB' if memory else 'unknown'}, "
                  f"disk free {here['disk_free'] / 1e9:.1f} GB, {gpu}")
+    missing = sum(release["gigabytes"] for release in report["releases"]
+                  if release["state"] == "missing")
+    lines.append(f"what is missing takes {missing:.1f} GB: "
+                 f"{'fits' if missing * 1e9 <= here['disk_free'] else 'DOES NOT FIT'} on the disk")
     lines.append(f"python {here['python']}: " + ", ".join(
         f"{name} {found or 'NOT INSTALLED'}" for name, found in report["packages"].items()))
     return lines

@@ -271,6 +271,7 @@ def image_settings(options, settings, models):
               "scheduler": options.scheduler, "evaluation_seed": options.seed,
               "tile_fit": settings["tile_fit"], "device": models.pipeline.device.type,
               "precision": str(models.pipeline.dtype or "float32"),
+              "decoded_in": str(models.pipeline.decoding_dtype or "float32"),
               "base_hash": models.hashes["base"], "features_hash": models.hashes["features"]}
     return lambda arm: {**common, "arm": arm, **{
         f"{part}_hash": models.hashes[part] if part in ARMS[arm] else None for part in ("adapter", "lora")}}

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from pixcell_min import transformer, vae
 from pixcell_min.checkpoint import read_tensors, replace_file, write_text
 from pixcell_min.checks import OneLineParser, nonnegative_int, one_of
+from pixcell_min.released import SCHEDULER
 from pixcell_min.transformer import PixCellTransformer, TransformerConfig
 from pixcell_min.uni import ARCHITECTURE, IMAGENET_MEAN, IMAGENET_STD, UNI2H_ARGS, TileEncoder
 from pixcell_min.vae import AutoencoderKL, VAEConfig
@@ -31,10 +32,6 @@ TRANSFORMERS = {
     "pixcell-256": TransformerConfig(),
     "pixcell-1024": TransformerConfig(
         sample_size=128, caption_num_tokens=16, interpolation_scale=2)}
-SCHEDULER = {"_class_name": "DPMSolverMultistepScheduler", "num_train_timesteps": 1000,
-             "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear",
-             "prediction_type": "epsilon", "algorithm_type": "dpmsolver++", "solver_order": 2,
-             "solver_type": "midpoint", "timestep_spacing": "linspace"}
 DTYPES = {"float32": ("F32", torch.float32), "float16": ("F16", torch.float16),
           "bfloat16": ("BF16", torch.bfloat16)}
 BIAS = 0.02  # standard deviation of biases

@@ -19,6 +19,7 @@ from pixcell_min import transformer, vae
 from pixcell_min.checkpoint import BROKEN_PICKLE, load_strict, save_tensors, write_text
 from pixcell_min.checks import OneLineParser
 from pixcell_min.exports import write_folder
+from pixcell_min.released import SCHEDULER
 
 TIMESTEP = "adaln_single.emb.timestep_embedder"
 # {module or table: its new names}; several: rows are split among them, in this order.
@@ -39,9 +40,6 @@ BLOCK_NAMES = {
     "mlp.fc1": ("ff.net.0.proj",), "mlp.fc2": ("ff.net.2",),
 }
 RECOMPUTED = "pos_embed"  # PixArt's saved position code: the released files leave it out, as we do
-SCHEDULER = {"_class_name": "DPMSolverMultistepScheduler", "num_train_timesteps": 1000,
-             "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear",
-             "prediction_type": "epsilon"}
 
 
 def rename(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -75,6 +73,9 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
         content = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
     except BROKEN_PICKLE:
         raise ValueError(f"{path}: refused, broken or more than tensors and numbers") from None
+    if isinstance(content, dict) and "state_dict_ema" in content:
+        print(f"original: note: {path} also holds averaged weights (state_dict_ema), which are not "
+              "taken", file=sys.stderr)
     content = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(content, dict) or not all(
             isinstance(tensor, torch.Tensor) for tensor in content.values()):
@@ -116,6 +117,9 @@ def main(argv=None) -> int:
     except ValueError as error:
         print(f"original: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"original: interrupted; {options.folder} was not written", file=sys.stderr)
+        return 130
     print(f"{options.folder}: written; put VAE and encoder beside it, see weights/README.md")
     return 0
 
