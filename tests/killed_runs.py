@@ -2,9 +2,10 @@
 
     python tests/killed_runs.py KILLS SEED OUT FLAGS-OF-train.py…
 
-Every second kill comes at a random moment, every other at a random file operation (flush, rename or
-deletion, just before or after it). Prints how many kills left a temporary file, that is, fell within
-a write. One parent imports torch once and forks; it computes nothing itself.
+Every second kill comes at a random moment after the next step was saved, every other at a random file
+operation (flush, rename or deletion, just before or after it). Prints how many kills left a temporary
+file, that is, fell within a write, and how many processes went on from a step above 0. One parent
+imports torch once and forks; it computes nothing itself.
 """
 
 import os
@@ -18,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train  # noqa: E402
 
-LONGEST = 1.0  # seconds until a kill by the clock
+LONGEST = 0.05  # seconds from a saved step to a kill by the clock
+LAST = 40  # file operation of a kill; a start takes about 15, a step as many
 
 
 def die_at(operation: int, before: bool) -> None:
@@ -51,17 +53,26 @@ def start(flags, operation=None, before=False) -> int:
     os._exit(train.main(flags))
 
 
+def newest(out) -> int:
+    """The newest saved step; -1: none."""
+    return max((int(path.stem[5:]) for path in out.glob("states/step-*.pt")), default=-1)
+
+
 def main(kills, seed, out, *flags) -> int:
     """→ exit code of the last process; 9 if one ended before the kill meant for it."""
-    chance, out, within_write = random.Random(int(seed)), Path(out), 0
+    chance, out, within_write, went_on = random.Random(int(seed)), Path(out), 0, 0
     for number in range(int(kills) + 1):
-        resume = any(out.glob("states/step-*.pt"))
+        saved = newest(out)
+        resume, went_on = saved >= 0, went_on + (saved > 0)
         command = ["--resume", "--out", str(out)] if resume else [
             *flags, "--out", str(out), *["--overwrite"] * out.exists()]
         last, by_clock = number == int(kills), number % 2
-        child = start(command, None if last or by_clock else chance.randint(1, 24),
+        child = start(command, None if last or by_clock else chance.randint(1, LAST),
                       chance.random() < 0.5)
         if by_clock and not last:
+            while newest(out) <= max(saved, 0) and not os.waitid(
+                    os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                time.sleep(0.001)
             time.sleep(chance.uniform(0, LONGEST))
             os.kill(child, signal.SIGKILL)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -69,7 +80,7 @@ def main(kills, seed, out, *flags) -> int:
             print(f"process {number} ended with code {code} before it was killed")
             return 9
         within_write += any(out.rglob(".*.tmp"))
-    print(within_write)
+    print(within_write, went_on)
     return code
 
 

@@ -196,19 +196,20 @@ def test_overflow_at_the_start_costs_attempts_and_no_steps(arguments, tmp_path, 
 
 def test_a_run_with_a_skipped_step_resumes_bit_for_bit(arguments, tmp_path, monkeypatch):
     flags = [*fp16_flags(arguments, 2.0**8, monkeypatch, growth_interval=2),
-             "--max-train-steps", "6", "--save-every", "3"]
+             "--max-train-steps", "6", "--save-every", "2"]
     with monkeypatch.context() as patch:
         overflow_at(patch, 1, 4)
         assert train.main(flags) == 0
     whole, logged = weights(tmp_path / "run"), metrics(tmp_path / "run")
     with monkeypatch.context() as patch:
         overflow_at(patch, 1, 4)
-        patch.setattr(train, "rate_factor", interrupt_at(5))
+        patch.setattr(train, "rate_factor", interrupt_at(3))
         assert train.main([*flags, "--overwrite"]) == 130
+    assert load_object(tmp_path / "run/states/step-00000002.pt")["content"]["scaler"]["scale"] == 2.0**7
     with monkeypatch.context() as patch:
         seen = overflow_at(patch, 1, 4)
         assert train.main(["--resume", "--out", str(tmp_path / "run")]) == 0
-    assert seen == [4, 5, 6, 7]  # step 3 was saved after attempt 3; attempt 4 overflows again
+    assert seen == [3, 4, 5, 6, 7]  # step 2 was saved after attempt 2; attempt 4 overflows again
     assert_same_weights(weights(tmp_path / "run"), whole)
     timeless = [[{**line, "seconds": 0} for line in lines]
                 for lines in (logged, metrics(tmp_path / "run"))]
