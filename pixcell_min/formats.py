@@ -78,7 +78,7 @@ def read_lora(path, model=None, alpha=None) -> LoRAFile:
     path, *config = lora_files(path)
     tensors, header = read_tensors(path)
     if alpha is not None and (config or header.keys() & {"lora_config", DIFFUSERS_CONFIG} or any(
-            key.endswith(".alpha") for key in tensors)):
+            key.startswith(KOHYA_PREFIX) and key.endswith(".alpha") for key in tensors)):
         raise ValueError(f"{path}: names its own alpha; leave out --alpha")
     if config:
         state, settings = _strip(tensors, PEFT_PREFIX, path), read_json(config[0])

@@ -16,7 +16,8 @@ from pixcell_min.checkpoint import read_json, read_tensors
 from pixcell_min.exports import write_lora
 from pixcell_min.formats import DIFFUSERS_CONFIG, load_lora, read_lora
 from pixcell_min.lora import inject_lora, lora_layers, remove_lora, save_lora
-from test_parity_lora import OPTIONS, SAME_MATHS, call, error, generator, transformer, twins
+from references import call, error, pixart
+from test_parity_lora import OPTIONS, SAME_MATHS, generator
 
 for name in ("diffusers", "peft"):
     logging.getLogger(name).setLevel(logging.ERROR)
@@ -26,7 +27,7 @@ CASES = [*OPTIONS, {"blocks": [1]}, {"within": ("attn2",), "targets": ("to_v", "
 
 def ours(**options):
     """Our network with LoRA of B not zero, in eval mode."""
-    net = transformer()
+    net = pixart()
     inject_lora(net, **{"rank": 4, "alpha": 6.0, **options}, generator=generator(2))
     with torch.no_grad():
         for layer in lora_layers(net).values():
@@ -41,7 +42,7 @@ def file_of(net, folder, **header):
 
 
 def in_peft(folder):
-    return PeftModel.from_pretrained(transformer(), folder).eval()
+    return PeftModel.from_pretrained(pixart(), folder).eval()
 
 
 class PixArt(PixArtTransformer2DModel, PeftAdapterMixin):
@@ -49,14 +50,14 @@ class PixArt(PixArtTransformer2DModel, PeftAdapterMixin):
 
 
 def in_diffusers(path):
-    net = transformer()
+    net = pixart()
     net.__class__ = PixArt
     net.load_lora_adapter(path.parent, weight_name=path.name, prefix="transformer")
     return net.eval()
 
 
 def in_ours(path, **options):
-    net = transformer()
+    net = pixart()
     load_lora(net, path, **options)
     return net
 
@@ -90,7 +91,7 @@ def test_diffusers_reads_our_file_with_and_without_metadata(options, metadata, t
 
 def peft_twin(dtype=torch.float32, **config):
     """peft's LoRA on the network, B not zero."""
-    theirs = get_peft_model(transformer(), LoraConfig(**{
+    theirs = get_peft_model(pixart(), LoraConfig(**{
         "r": 4, "lora_alpha": 6, "target_modules": ["to_q", "to_v", "to_out.0"], **config})).eval()
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
@@ -244,7 +245,7 @@ def test_unprefixed_diffusers_keys_are_named(tmp_path):
 
 def refused(path, words):
     """One line that names the file, and an untouched network."""
-    net = transformer()
+    net = pixart()
     before = {key: tensor.clone() for key, tensor in net.state_dict().items()}
     with pytest.raises(ValueError, match=re.escape(words)) as caught:
         load_lora(net, path)
