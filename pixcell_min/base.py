@@ -21,7 +21,7 @@ from pixcell_min.released import RELEASES, VAE_FILE, how_to_get, release_of
 from pixcell_min.schedulers import NoiseSchedule
 from pixcell_min.transformer import WEIGHTS_NAME as TRANSFORMER_WEIGHTS
 from pixcell_min.transformer import PixCellTransformer, TransformerConfig
-from pixcell_min.uni import WEIGHT_NAMES, TileEncoder
+from pixcell_min.uni import TileEncoder, read_encoder
 from pixcell_min.vae import WEIGHTS_NAME as VAE_WEIGHTS
 from pixcell_min.vae import AutoencoderKL, VAEConfig
 
@@ -148,10 +148,9 @@ def _num_tokens(base):
 def feature_files(base) -> list[Path]:
     """What latents and embeddings depend on: weights and config of the VAE, then of the encoder."""
     base = find_base(base)
-    folder = encoder_folder(base)
-    weights = next((folder / name for name in WEIGHT_NAMES if (folder / name).is_file()),
-                   folder / WEIGHT_NAMES[0])
-    return [vae_weights(base), base / "vae" / "config.json", weights, folder / "config.json"]
+    _, weights = read_encoder(encoder_folder(base))
+    return [vae_weights(base), base / "vae" / "config.json", weights,
+            weights.with_name("config.json")]
 
 
 def features_hash(base) -> str:

@@ -111,7 +111,7 @@ class StepReport:
 
     loss: float  # mean over all samples of the step
     grad_norm: float  # L2, before clipping; not finite in a skipped step
-    skipped: bool  # a gradient was not finite: no weight changed; in float16 the scale was lowered
+    skipped: bool  # the gradients' norm was not finite: no weight changed
     loss_scale: float = 1.0  # by which the next step's loss is multiplied, in float16
 
 

@@ -59,18 +59,10 @@ class TileEncoder(nn.Module):
 
         Raises: ValueError if a file is missing, is not this network, or holds anything but tensors.
         """
-        folder = Path(folder)
-        config = read_json(folder / "config.json")
-        if config.get("architecture", ARCHITECTURE) != ARCHITECTURE:
-            raise ValueError(f"{folder / 'config.json'}: architecture {config['architecture']!r}, "
-                             f"expected {ARCHITECTURE!r}")
-        path = next((folder / name for name in WEIGHT_NAMES if (folder / name).is_file()), None)
-        if path is None:
-            raise ValueError(
-                f"{folder}: no {' or '.join(WEIGHT_NAMES)}; put the encoder's weights there")
+        config, path = read_encoder(folder)
         with torch.device("meta"):
             encoder = cls(
-                config.get("model_args"), *_normalisation(config, folder), tokens).to(dtype)
+                config.get("model_args"), *_normalisation(config, path.parent), tokens).to(dtype)
         load_weights(encoder.vit, path)
         return encoder.requires_grad_(False).eval()
 
@@ -119,6 +111,22 @@ class TileEncoder(nn.Module):
                  for left, top, right, bottom in crop_boxes(*image.shape[:0:-1], self.tokens)]
         return F.interpolate(
             torch.stack(parts).float(), (size, size), mode="bilinear", antialias=True)
+
+
+def read_encoder(folder) -> tuple[dict, Path]:
+    """(configuration, weights file) of an encoder's folder.
+
+    Raises: ValueError if one of the two is missing, or for another architecture.
+    """
+    folder = Path(folder)
+    config = read_json(folder / "config.json")
+    if config.get("architecture", ARCHITECTURE) != ARCHITECTURE:
+        raise ValueError(f"{folder / 'config.json'}: architecture {config['architecture']!r}, "
+                         f"expected {ARCHITECTURE!r}")
+    for name in WEIGHT_NAMES:
+        if (folder / name).is_file():
+            return config, folder / name
+    raise ValueError(f"{folder}: no {' or '.join(WEIGHT_NAMES)}; put the encoder's weights there")
 
 
 def _normalisation(config, folder):

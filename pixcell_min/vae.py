@@ -270,9 +270,3 @@ def ramp(size, overlap, like):
     """Window (size,) above 0: rises over the first `overlap` cells, falls over the last."""
     at = torch.arange(size, device=like.device, dtype=like.dtype)
     return ((torch.minimum(at, size - 1 - at) + 1) / (overlap + 1)).clamp(max=1)
-
-
-def sample_posterior(mean, logvar, generator=None):
-    """Draw latents from the posterior: mean + exp(logvar/2)·ε, same shape and dtype as `mean`."""
-    noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
-    return mean + torch.exp(0.5 * logvar) * noise

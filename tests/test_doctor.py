@@ -158,6 +158,7 @@ def change(path, **values):
     ("encoder", lambda b: shutil.rmtree(b / "uni"), "tools.download uni2-h"),
     ("encoder", lambda b: (b / "uni/model.safetensors").unlink(), "no model.safetensors or"),
     ("encoder", lambda b: change(b / "uni/config.json", model_args={"depth": "x"}), "refuses"),
+    ("encoder", lambda b: change(b / "uni/config.json", architecture="vit_tiny"), "'vit_tiny', expected"),
 ])
 def test_a_broken_part_is_a_line_of_the_table(own_base, capsys, part, damage, words):
     damage(own_base)

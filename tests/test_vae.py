@@ -10,7 +10,7 @@ from conftest import TINY_VAE
 from safetensors.torch import load_file, save_file
 
 from pixcell_min.vae import (
-    FIXED, WEIGHTS_NAME, AutoencoderKL, VAEConfig, ramp, sample_posterior, tile_starts,
+    FIXED, WEIGHTS_NAME, AutoencoderKL, VAEConfig, ramp, tile_starts,
 )
 
 ROUNDING = 1e-5  # float32: a few sums and quotients of values of order 1
@@ -62,23 +62,6 @@ def test_down_sampling_pads_below_and_right():
     x = torch.randn(1, 4, 6, 6)
     expected = F.conv2d(F.pad(x, (0, 1, 0, 1)), conv.conv.weight, conv.conv.bias, stride=2)
     assert torch.equal(conv(x), expected) and expected.shape == (1, 4, 3, 3)
-
-
-def test_posterior_draws_are_the_generators():
-    mean, logvar = torch.randn(2, 16, 2, 3), torch.full((2, 16, 2, 3), 2 * math.log(0.5))
-    first, again, other = (sample_posterior(mean, logvar, torch.Generator().manual_seed(s))
-                           for s in (1, 1, 2))
-    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(first, again) and not torch.equal(first, other)
-    close(first, mean + 0.5 * noise)
-    half = sample_posterior(mean.bfloat16(), logvar.bfloat16(), torch.Generator().manual_seed(1))
-    assert half.dtype == torch.bfloat16 and half.shape == mean.shape
-
-
-def test_posterior_has_the_stated_deviation():
-    mean, logvar = torch.zeros(100_000), torch.full((100_000,), 2 * math.log(3.0))
-    drawn = sample_posterior(mean, logvar, torch.Generator().manual_seed(0))
-    assert abs(drawn.std().item() / 3 - 1) < 0.01  # five standard errors of 100,000 draws
 
 
 # Tiles

@@ -27,7 +27,7 @@ from pixcell_min.released import RELEASES, how_to_get
 from pixcell_min.schedulers import NoiseSchedule
 from pixcell_min.tools.download import RECORD, damaged
 from pixcell_min.transformer import WEIGHTS_NAME, PixCellTransformer, TransformerConfig
-from pixcell_min.uni import WEIGHT_NAMES, TileEncoder
+from pixcell_min.uni import TileEncoder, read_encoder
 from pixcell_min.vae import AutoencoderKL
 
 PACKAGES = ("torch", "timm", "safetensors", "einops", "numpy", "pillow", "tqdm", "pyyaml",
@@ -117,13 +117,9 @@ def check_vae(base: Path) -> int:
 
 def check_encoder(base: Path) -> int:
     """As `check_transformer`, of the tile encoder wherever it lies."""
-    folder = encoder_folder(base)
-    config = read_json(folder / "config.json")
+    config, path = read_encoder(encoder_folder(base))
     with torch.device("meta"):
         model = TileEncoder(config.get("model_args")).vit
-    path = next((folder / name for name in WEIGHT_NAMES if (folder / name).is_file()), None)
-    if path is None:
-        raise ValueError(f"{folder}: no {' or '.join(WEIGHT_NAMES)}; run {how_to_get('uni2-h')}")
     return compare(model, path)
 
 

@@ -380,6 +380,23 @@ def contrastive_loss(first, second):
     return (F.cross_entropy(cosines, labels) + F.cross_entropy(cosines.T, labels)) / 2
 
 
+def draw_crops(tiles, latents, batch, side, generator):
+    """`batch` tiles at one random window of `side` latent cells, half or all of a tile.
+
+    → their latents (B, C, side, side), what the encoder is shown of them (B, 3, h, h) in [0, 1],
+    and the window's (row, column) in patches.
+    """
+    rows = torch.randint(len(tiles), (batch,), generator=generator)
+    top, left = (  # in latent cells
+        2 * torch.randint(17 - side // 2, (2,), generator=generator)).tolist()
+    x0 = latents[rows, :, top:top + side, left:left + side].float()
+    pixels = [slice(8 * start, 8 * (start + side)) for start in (top, left)]
+    seen = torch.stack([tiles[i][:, pixels[0], pixels[1]] for i in rows]).float() / 255
+    seen = F.interpolate(seen, NANO_ENCODER["img_size"] * side // 32, mode="bilinear",
+                         antialias=True)
+    return x0, seen, (top // 2, left // 2)
+
+
 def train_transformer(args, work, tiles, latents):
     """Joint stage: the encoder learns what the denoiser needs; half tiles (128 px), then whole."""
     torch.manual_seed(args.seed)
@@ -414,15 +431,7 @@ def train_transformer(args, work, tiles, latents):
     def loss_at(generator):
         half = trainer.step < args.half_steps
         batch, side = (BATCH_128, 16) if half else (BATCH_256, 32)
-        rows = torch.randint(len(tiles), (batch,), generator=generator)
-        top, left = (  # in latent cells
-            2 * torch.randint(17 - side // 2, (2,), generator=generator)).tolist()
-        window.origin = (top // 2, left // 2)
-        x0 = latents[rows, :, top:top + side, left:left + side].float()
-        pixels = [slice(8 * start, 8 * (start + side)) for start in (top, left)]
-        seen = torch.stack([tiles[i][:, pixels[0], pixels[1]] for i in rows]).float() / 255
-        seen = F.interpolate(seen, NANO_ENCODER["img_size"] * side // 32, mode="bilinear",
-                             antialias=True)
+        x0, seen, window.origin = draw_crops(tiles, latents, batch, side, generator)
         noise = torch.randn(x0.shape, generator=generator)
         # Stratified timesteps, one from each of `batch` ranges: batches differ less in difficulty.
         t = ((torch.arange(batch) + torch.rand(batch, generator=generator)) / batch * 1000
