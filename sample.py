@@ -53,6 +53,10 @@ def parse_sample(argv=None):
                         help="noise of ddim, 0: deterministic, 1: as ddpm")
     parser.add_argument("--guidance-scale", type=nonnegative_float, default=GUIDANCE_SCALE,
                         help=f"1: none [factor]; default {GUIDANCE_SCALE}")
+    parser.add_argument("--guidance-interval", type=nonnegative_float, nargs=2,
+                        metavar=("LOW", "HIGH"),
+                        help="noise levels sqrt((1 - a) / a), a: alphas_cumprod, at which to "
+                             "guide; default all")
     parser.add_argument("--seed", type=integer(0, 2**62), default=0,
                         help="of the first image; the next ones count up")
     parser.add_argument("--num-images", type=positive_int, default=1, help="images per tile")
@@ -62,6 +66,8 @@ def parse_sample(argv=None):
                         help="tiles of another size; default: the run's, else resize")
     parser.add_argument("--mixed-precision", type=one_of("auto", "no", "fp16", "bf16"),
                         default="auto", help="as in train.py")
+    parser.add_argument("--compile", action="store_true",
+                        help="torch.compile of the blocks; pays from about a hundred images on")
     parser.add_argument("--device", type=DEVICE, default="auto",
                         help="auto: cuda where there is one, else cpu")
     parser.add_argument("--out", type=Path, default=Path("samples"), help="folder to write to")
@@ -113,20 +119,24 @@ def sample(options) -> None:
     if options.adapter:
         adapter = load_adapter(options.adapter, pipeline.base_hash).to(pipeline.device)
     if options.lora:
-        headers = pipeline.combine_lora_weights(options.lora, options.lora_scale,
-                                                options.fuse_lora)
+        headers = pipeline.combine_lora_weights(options.lora, options.lora_scale)
+        if options.fuse_lora:
+            pipeline.fuse_lora(for_good=not options.compare)
         for (path, _), header in zip(options.lora, headers):
             if "base_hash" not in header:
                 print(f"sample.py: note: {path} names no base_hash: that it was made for "
                       "this base is not checked", file=sys.stderr)
+    if options.compile:
+        pipeline.transformer.compile_blocks()
     size = pipeline.transformer.config.sample_size * pipeline.vae.downscale
     fit = options.tile_fit or run_settings.get("tile_fit", "resize")
     settings = {"num_inference_steps": options.steps, "guidance_scale": options.guidance_scale,
-                "scheduler": options.scheduler, "eta": options.eta}
+                "scheduler": options.scheduler, "eta": options.eta,
+                "guidance_interval": options.guidance_interval}
     made_by = {**settings, "base_hash": pipeline.base_hash, "tile_fit": fit,
                "lora_scale": options.lora_scale, "precision": str(pipeline.dtype or "float32"),
                "decoded_in": str(pipeline.decoding_dtype or "float32"),
-               "device": pipeline.device.type,
+               "device": pipeline.device.type, "compiled": options.compile,
                "lora_hash": "-".join(file_hash(file) for path, _ in options.lora or ()
                                      for file in lora_files(path)) or None,
                "lora_weights": [weight for _, weight in options.lora or ()],

@@ -328,6 +328,8 @@ def make_trainable(config: Config, pipeline, report=print) -> TrainingState:
                                generator=generator_for(config.seed, "adapter"))
     adapter.to(pipeline.device)
     transformer.gradient_checkpointing = config.gradient_checkpointing
+    if config.compile:
+        transformer.compile_blocks()
     (lora, inside), (outside, _) = count_parameters(transformer), count_parameters(adapter)
     report(f"trainable: LoRA {lora:,} + adapter {outside:,} = {lora + outside:,} parameters, "
            f"{100 * (lora + outside) / (inside + outside):.2f} % of {inside + outside:,}")

@@ -110,6 +110,8 @@ class Config:
     dihedral: bool = _setting(True, FLAG, "switch", "train on all 8 turns and mirrorings")
     gradient_checkpointing: bool = _setting(False, FLAG, "switch", "less memory for more time")
     deterministic: bool = _setting(False, FLAG, "switch", "refuse what two runs may round apart")
+    compile: bool = _setting(
+        False, FLAG, "switch", "torch.compile of the blocks; a minute at the start")
     device: str = _setting("auto", DEVICE, "name", "auto: cuda where there is one, else cpu")
 
     def __post_init__(self):

@@ -236,6 +236,19 @@ def unmerge_lora(model) -> None:
         layer.unmerge()
 
 
+def fold_lora(model) -> None:
+    """Merge every layer for good, one by one: plain layers, no copy of W, no LoRA left.
+
+    Raises: ValueError, with nothing folded, if LoRA is absent, merged or disabled.
+    """
+    layers = _layers(model, unmerged_for="folding it")
+    if not all(layer.enabled for layer in layers.values()):
+        raise ValueError("LoRA is disabled: call enable_lora before folding it")
+    for name, layer in layers.items():
+        layer.merge()
+        model.set_submodule(name, layer.base)
+
+
 def remove_lora(model) -> None:
     """Put the plain layers back, frozen; merged ones keep the merged weight, for good."""
     for name, layer in _layers(model).items():

@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from pixcell_min.data import tensor_to_image
 from pixcell_min.formats import load_loras
-from pixcell_min.lora import lora_layers, merge_lora, set_lora_scale, unmerge_lora
+from pixcell_min.lora import (fold_lora, lora_layers, merge_lora, set_lora_scale,
+                              unmerge_lora)
 from pixcell_min.precision import autocast
 from pixcell_min.schedulers import NoiseSchedule, build_scheduler
 
@@ -33,28 +34,30 @@ class PipelineOutput:
 
 @torch.no_grad()
 def denoise(transformer, sampler, condition, generator, *, num_inference_steps=50,
-            guidance_scale=GUIDANCE_SCALE, size=None, dtype=None, progress=lambda steps: steps):
+            guidance_scale=GUIDANCE_SCALE, guidance_interval=None, size=None, dtype=None,
+            progress=lambda steps: steps):
     """One condition (1, S, E) → latents (1, C, H, W) float32.
 
     `generator` draws the start and every step's noise. size: latent (H, W), default the training
-    size; guidance_scale 1: no unconditional half; dtype: of autocast.
+    size; guidance_scale 1: no unconditional half; guidance_interval (low, high): guided where the
+    noise level √((1−ᾱ)/ᾱ) lies in it (Kynkäänniemi et al. 2024), None: always; dtype: of autocast.
     """
+    low, high = guidance_interval or (0.0, math.inf)
     config, device = transformer.config, condition.device
     height, width = size or (config.sample_size, config.sample_size)
     channels, steps = config.in_channels, sampler.steps(num_inference_steps)
     noise = torch.randn(1, channels, height, width, generator=generator, device=generator.device)
     latents, x0 = noise.to(device) * sampler.init_noise_sigma(num_inference_steps), None
-    tokens = condition
-    if guidance_scale != 1:
-        tokens = torch.cat(                                                  # (2, S, E)
-            [transformer.uncond_embedding[None].to(condition), condition])
+    null = transformer.uncond_embedding[None].to(condition)                  # (1, S, E)
     for step in progress(steps):
+        is_guided = guidance_scale != 1 and low <= step.sigma / step.alpha <= high
+        tokens = torch.cat([null, condition]) if is_guided else condition    # (2 or 1, S, E)
         model_input = sampler.scale_model_input(latents, step).expand(len(tokens), -1, -1, -1)
         with autocast(device, dtype):
             output = transformer(model_input.to(transformer.scale_shift_table.dtype),
                                  step.timestep, tokens).float()
         guided = output[-1:]                                                 # (1, C or 2C, H, W)
-        if guidance_scale != 1:
+        if is_guided:
             # Epsilon is guided; a learned variance, where the sampler uses it, is the condition's.
             epsilon = output[:1, :channels] + guidance_scale * (
                 output[1:, :channels] - output[:1, :channels])
@@ -109,9 +112,12 @@ class PixCellPipeline:
         """Weight of the update: 1 as trained, 0 the base. Raises: ValueError if absent or fused."""
         set_lora_scale(self.transformer, scale)
 
-    def fuse_lora(self) -> None:
-        """Merge updates into the weights: a little faster; `unfuse_lora` restores their bits."""
-        merge_lora(self.transformer)
+    def fuse_lora(self, for_good=False) -> None:
+        """Merge updates into the weights: a little faster; `unfuse_lora` restores their bits.
+
+        for_good: without the copy that this takes; what is left is a plain network.
+        """
+        (fold_lora if for_good else merge_lora)(self.transformer)
 
     def unfuse_lora(self) -> None:
         """Undo `fuse_lora`, bit for bit."""
@@ -124,13 +130,15 @@ class PixCellPipeline:
 
     @torch.no_grad()
     def __call__(self, embedding, num_inference_steps=50, guidance_scale=GUIDANCE_SCALE,
-                 scheduler="ddim", eta=0.0, seed=0, progress=None) -> PipelineOutput:
+                 scheduler="ddim", eta=0.0, seed=0, progress=None,
+                 guidance_interval=None) -> PipelineOutput:
         """Draw one image per embedding.
 
         embedding: (E,), (S, E) or (B, S, E), from `encoder` or adapter; scheduler: ddim,
         euler_ancestral, ddpm or dpmpp_2m; seed: an int (image i uses seed + i) or one int per
-        image; progress: wraps the list of steps, default a bar on a terminal. Raises: ValueError
-        for wrong shapes, names, counts or values that are not finite.
+        image; progress: wraps the list of steps, default a bar on a terminal; guidance_interval:
+        as in `denoise`. Raises: ValueError for wrong shapes, names, counts, an interval that is
+        none, or values that are not finite.
         """
         embedding = self._conditions(embedding)
         seeds = [seed + i for i in range(len(embedding))] if isinstance(seed, int) else list(seed)
@@ -139,6 +147,9 @@ class PixCellPipeline:
                              "give one each, or one int")
         if not math.isfinite(guidance_scale):
             raise ValueError(f"guidance_scale is {guidance_scale}, expected a finite number")
+        if guidance_interval and not 0 <= guidance_interval[0] <= guidance_interval[1]:
+            raise ValueError(f"guidance_interval is {guidance_interval}, expected two noise levels, "
+                             "0 <= low <= high")
         sampler = build_scheduler(scheduler, self.schedule, eta=eta)
         _ = self.vae  # loaded now: that its file is missing should not be said after the drawing
         progress = progress or (
@@ -150,7 +161,7 @@ class PixCellPipeline:
             latents = denoise(
                 self.transformer, sampler, condition[None], generator, progress=progress,
                 num_inference_steps=num_inference_steps, guidance_scale=guidance_scale,
-                dtype=self.dtype)
+                guidance_interval=guidance_interval, dtype=self.dtype)
             images.append(self.decode(latents))
         return PipelineOutput(images)
 

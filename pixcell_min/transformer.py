@@ -85,6 +85,9 @@ class Attention(nn.Module):
         if context is not None and context.shape[1] == 1:
             # One key: its softmax is 1 for every query, so the result is exactly to_out(to_v(c)).
             return self.to_out[0](self.to_v(context))
+        if torch.is_autocast_enabled(h.device.type):
+            # Cast once: each projection and its LoRA would cast, and keep, a copy of their own.
+            h = h.to(torch.get_autocast_dtype(h.device.type))
         context = h if context is None else context
         q, k, v = (rearrange(x, "b n (m d) -> b m n d", m=self.heads)
                    for x in (self.to_q(h), self.to_k(context), self.to_v(context)))
@@ -200,6 +203,19 @@ class PixCellTransformer(nn.Module):
         """Compute q·k, softmax and ·v in float32 whatever autocast says (needed in float16)."""
         for block in self.transformer_blocks:
             block.attn1.float32_attention = block.attn2.float32_attention = enabled
+
+    def compile_blocks(self) -> None:
+        """Let torch.compile work on each block, at first use; a few programs serve all blocks.
+
+        Raises: ValueError if there is no compiler that works.
+        """
+        try:
+            torch.compile(lambda x: x + 1)(self.scale_shift_table.detach())
+        except (RuntimeError, OSError, ImportError) as error:  # no compiler, Triton, headers, cache
+            raise ValueError("torch.compile does not work here ({}); run without --compile".format(
+                str(error).splitlines()[0])) from None
+        for block in self.transformer_blocks:
+            block.compile()
 
     def inert_layers(self) -> list[str]:
         """Projections that cannot affect the output: cross-attention's query and key if S = 1."""

@@ -66,6 +66,7 @@ OTHER = {
     "dihedral": (["--no-dihedral"], "false", False),
     "gradient_checkpointing": (["--gradient-checkpointing"], "true", True),
     "deterministic": (["--deterministic"], "true", True),
+    "compile": (["--compile"], "true", True),
     "device": (["--device", "cuda:1"], "cuda:1", "cuda:1"),
 }
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from pixcell_min.checkpoint import read_tensors
 from pixcell_min.formats import load_lora
 from pixcell_min.lora import (
-    DEFAULT_TARGETS, PEFT_PREFIX, LoRALinear, count_parameters, disable_lora, enable_lora, inject_lora,
+    DEFAULT_TARGETS, PEFT_PREFIX, LoRALinear, count_parameters, disable_lora, enable_lora, fold_lora, inject_lora,
     load_lora_state_dict, lora_disabled, lora_layers, lora_parameters, lora_state_dict, merge_lora,
     remove_lora, save_lora, set_lora_scale, unmerge_lora,
 )
@@ -448,6 +448,25 @@ def test_merged_refuses_what_would_be_wrong():
     net.train()
     with pytest.raises(ValueError, match="cannot train"):
         net(*x)
+
+
+def test_fold_leaves_a_plain_network_of_merged_weights_and_no_copy():
+    net, x = make()
+    twin = copy.deepcopy(net)
+    merge_lora(twin)
+    fold_lora(net)
+    assert not lora_layers(net) and type(net) is type(twin)
+    with torch.no_grad():
+        assert torch.equal(net(*x), twin(*x))
+    plain = {name.replace(".base.", "."): tensor for name, tensor in bits(twin).items() if "lora" not in name}
+    assert_bits(net, plain)  # the names too
+    disabled = make()[0]
+    disable_lora(disabled)
+    for wrong, message in ((net, "no LoRA layer"), (twin, "merged"), (disabled, "disabled")):
+        before = bits(wrong)
+        with pytest.raises(ValueError, match=message):
+            fold_lora(wrong)
+        assert_bits(wrong, before)
 
 
 def test_remove():

@@ -181,6 +181,33 @@ def test_guidance_one_is_the_condition_alone(pipeline):
                            latents_of(pipeline, guidance_scale=1))
 
 
+@pytest.mark.parametrize("scheduler", SCHEDULER_NAMES)
+def test_guidance_acts_within_its_interval_of_noise_levels_alone(pipeline, scheduler):
+    sampler = build_scheduler(scheduler, pipeline.schedule)
+    # Noise per signal, whatever the coordinates: of the whole timesteps, √((1−ᾱ)/ᾱ) itself.
+    levels = [step.sigma / step.alpha for step in sampler.steps(6)]
+    for level, step in zip(levels, sampler.steps(6)):
+        if step.timestep == int(step.timestep):
+            assert level == pytest.approx(pipeline.schedule.sigmas[int(step.timestep)].item(), rel=1e-4)
+    network = Recorder(pipeline.transformer)
+    denoise(network, sampler, embeddings(), torch.Generator(), num_inference_steps=6,
+            guidance_scale=3.0, guidance_interval=(levels[3], levels[1]))  # its ends are in it
+    assert [len(tokens) for _, _, tokens in network.calls] == [1, 2, 2, 2, 1, 1]
+    assert torch.equal(network.calls[0][2], embeddings())
+    wide = latents_of(pipeline, sampler, guidance_scale=3.0, guidance_interval=(0, 1e9))
+    assert torch.equal(wide, latents_of(pipeline, sampler, guidance_scale=3.0))
+    narrow = latents_of(pipeline, sampler, guidance_scale=3.0, guidance_interval=(1e8, 1e9))
+    assert torch.equal(narrow, latents_of(pipeline, sampler, guidance_scale=1))
+    some = latents_of(pipeline, sampler, guidance_scale=3.0, guidance_interval=(levels[3], levels[1]))
+    assert not torch.equal(some, wide) and not torch.equal(some, narrow)
+
+
+def test_the_pipeline_passes_the_interval_on(pipeline):
+    plain = pipeline(embeddings(), 4, 1.0).images[0].tobytes()
+    assert pipeline(embeddings(), 4, 3.0).images[0].tobytes() != plain
+    assert pipeline(embeddings(), 4, 3.0, guidance_interval=(1e8, 1e9)).images[0].tobytes() == plain
+
+
 # Samplers, sizes, precision
 
 @pytest.mark.parametrize("scheduler", SCHEDULER_NAMES)
@@ -342,6 +369,16 @@ def test_image_of_fused_and_active_lora_and_switching_without_reloading(
     assert image(pipeline).tobytes() == base
 
 
+def test_lora_fused_for_good_is_the_fused_network_without_lora(pipeline, tiny_base, lora_file):
+    kept = loaded(tiny_base)
+    for each in (pipeline, kept):
+        each.load_lora_weights(lora_file)
+    kept.fuse_lora()
+    pipeline.fuse_lora(for_good=True)
+    assert not pipeline.has_lora
+    assert torch.equal(latents_of(pipeline), latents_of(kept))
+
+
 def test_several_files_are_one_lora_in_the_pipeline(pipeline, tiny_base, lora_file):
     whole = loaded(tiny_base)
     whole.load_lora_weights(lora_file)
@@ -399,6 +436,9 @@ def test_wrong_embeddings_are_refused(pipeline, embedding, message):
     ({"seed": []}, "0 seeds for 1"),
     ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
     ({"guidance_scale": float("inf")}, "guidance_scale is inf"),
+    ({"guidance_interval": (2.0, 1.0)}, r"guidance_interval is \(2.0, 1.0\), expected two"),
+    ({"guidance_interval": (-1.0, 1.0)}, "guidance_interval is"),
+    ({"guidance_interval": (float("nan"), 1.0)}, "guidance_interval is"),
 ])
 def test_wrong_options_are_refused_before_any_work(pipeline, monkeypatch, options, message):
     for part in (pipeline.transformer, pipeline.vae):

@@ -17,6 +17,7 @@ from pixcell_min.adapter import load_adapter, save_adapter
 from pixcell_min.exports import write_lora
 from pixcell_min.formats import read_lora
 from pixcell_min.images import read_settings
+from pixcell_min.transformer import PixCellTransformer
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +73,51 @@ def test_the_two_shared_files_give_the_same_bytes_elsewhere(flags, run, tiny_bas
          "--adapter", tmp_path / "adapter.safetensors", "--out", tmp_path / "elsewhere"], check=True)
     assert ((tmp_path / "elsewhere" / "0_seed0.png").read_bytes()
             == (tmp_path / "out" / "0_seed0.png").read_bytes())
+
+
+def test_guidance_interval_and_fusing_reach_the_image(flags, tmp_path):
+    def image(*extra):
+        assert sample.main([*flags, *extra]) == 0
+        path = tmp_path / "out" / "0_seed0.png"
+        return np.asarray(Image.open(path), int), read_settings(path)["guidance_interval"]
+
+    plain, guided = image("--guidance-scale", "1"), image("--guidance-scale", "4")
+    within = image("--guidance-scale", "4", "--guidance-interval", "0.5", "5")
+    nowhere = image("--guidance-scale", "4", "--guidance-interval", "900", "1000")
+    assert within[1] == [0.5, 5] and guided[1] is None
+    assert (nowhere[0] == plain[0]).all()
+    assert (within[0] != plain[0]).any() and (within[0] != guided[0]).any()
+    assert abs(image("--guidance-scale", "1", "--fuse-lora")[0] - plain[0]).max() <= 1
+
+
+def test_an_interval_that_is_none_is_one_line(flags, tmp_path, capsys):
+    assert sample.main([*flags, "--guidance-interval", "2", "1"]) == 2
+    error = capsys.readouterr().err
+    assert "guidance_interval is [2.0, 1.0]" in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("script", ["sample", "train"])
+def test_compile_compiles_the_blocks_or_says_why_not(script, flags, run, tmp_path, monkeypatch, capsys):
+    argv = flags if script == "sample" else [
+        "--base", train_base(run), "--data", str(run.parent / "tiles"), "--max-train-steps", "1",
+        "--out", str(tmp_path / "out"), "--cache", str(run.parent / "cache"), "--sample-count", "0"]
+    main = {"sample": sample, "train": train}[script].main
+    called = []
+    monkeypatch.setattr(PixCellTransformer, "compile_blocks", lambda self: called.append(self))
+    assert main(argv) == 0 and not called
+    shutil.rmtree(tmp_path / "out")
+    assert main([*argv, "--compile"]) == 0 and len(called) == 1
+    shutil.rmtree(tmp_path / "out")
+    capsys.readouterr()
+
+    def without(self):
+        raise ValueError("torch.compile does not work here (no compiler); run without --compile")
+    monkeypatch.setattr(PixCellTransformer, "compile_blocks", without)
+    assert main([*argv, "--compile"]) == 2
+    error = capsys.readouterr().err
+    assert error == f"{script}.py: error: torch.compile does not work here (no compiler); run without --compile\n"
+    assert not (tmp_path / "out").exists()
 
 
 def test_compare_puts_real_base_and_adapted_side_by_side(flags, run, tmp_path):

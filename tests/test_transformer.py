@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from pixcell_min import transformer as module
 from pixcell_min.adapter import EmbeddingAdapter
 from pixcell_min.embeddings import sincos_grid, timestep_sinusoid
-from pixcell_min.lora import count_parameters, inject_lora
+from pixcell_min.lora import count_parameters, inject_lora, lora_disabled, lora_parameters
 from pixcell_min.transformer import (
     FIXED, WEIGHTS_NAME, Attention, Block, PixCellTransformer, TransformerConfig, attend,
 )
@@ -395,3 +396,58 @@ def test_bf16_attention_is_the_fused_one_above_some_tokens(tokens, monkeypatch):
                         lambda q, k, v: fused.append(q.shape[2]) or v)
     module.attend(*torch.randn(3, 1, 2, tokens, 8, dtype=torch.bfloat16))
     assert fused == [6] * (tokens == 6)
+
+
+# torch.compile
+
+compiler = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+COMPILED = 1e-5  # float32, values of order 1, sums in another order through all blocks
+
+
+@compiler
+def test_compiled_blocks_give_the_same_numbers():
+    model, plain = tiny(num_layers=4), tiny(num_layers=4)
+    model.compile_blocks()
+    with torch.no_grad():
+        close(model(*inputs()), plain(*inputs()), COMPILED)
+    assert all(block._compiled_call_impl is not None for block in model.transformer_blocks)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] < 4  # one program for all, and the check's
+
+
+def test_without_a_compiler_the_reason_is_one_line(monkeypatch):
+    import torch._inductor.config as inductor
+    torch._dynamo.reset()  # or what was compiled before would be taken
+    monkeypatch.setattr(inductor.cpp, "cxx", ("no-such-compiler",))
+    model = tiny()
+    with pytest.raises(ValueError, match="does not work here .*no-such-compiler.*--compile") as error:
+        model.compile_blocks()
+    assert "\n" not in str(error.value)
+    assert all(block._compiled_call_impl is None for block in model.transformer_blocks)
+
+
+@compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_blocks_train_alike_and_follow_lora_on_and_off(checkpointing):
+    """Gradients, other batch sizes, LoRA switched off: a program is made anew where it must be."""
+    torch._dynamo.reset()
+    models = [tiny(num_layers=4), tiny(num_layers=4)]
+    for model in models:
+        inject_lora(model, 2, 4, exclude=model.inert_layers(), generator=torch.Generator().manual_seed(0))
+        for i, parameter in enumerate(lora_parameters(model)):
+            torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(i))
+        model.gradient_checkpointing = checkpointing
+        model.train()
+    models[0].compile_blocks()
+    for batch in (2, 1, 2):
+        for model in models:
+            model.zero_grad()
+            model(*inputs(batch=batch)).square().mean().backward()
+        for ours, theirs in zip(*map(lora_parameters, models), strict=True):
+            close(ours.grad, theirs.grad, COMPILED)
+    with torch.no_grad(), lora_disabled(models[0]), lora_disabled(models[1]):
+        off = models[0](*inputs())
+        close(off, models[1](*inputs()), COMPILED)
+    with torch.no_grad():
+        assert (models[0](*inputs()) - off).abs().max() > 100 * COMPILED

@@ -62,6 +62,8 @@ def parse_evaluate(argv=None):
     add("--scheduler", choices=SCHEDULER_NAMES, default="dpmpp_2m", help="default dpmpp_2m")
     add("--guidance-scale", type=nonnegative_float, default=GUIDANCE_SCALE,
         help=f"1: none [factor]; default {GUIDANCE_SCALE}")
+    add("--guidance-interval", type=nonnegative_float, nargs=2, metavar=("LOW", "HIGH"),
+        help="noise levels at which to guide, as in sample.py; default all")
     add("--arms", type=words(*ARMS)._replace(parse=lambda text: tuple(text.split(","))),
         default=tuple(ARMS), help=f"out of {','.join(ARMS)}; default all")
     add("--base", help="base folder; default: the run's")
@@ -268,6 +270,7 @@ def image_seed(seed: int, tile_hash: str, number) -> int:
 def image_settings(options, settings, models):
     """arm → what its images were made with, as their PNG says."""
     common = {"num_inference_steps": options.steps, "guidance_scale": options.guidance_scale,
+              "guidance_interval": options.guidance_interval,
               "scheduler": options.scheduler, "evaluation_seed": options.seed,
               "tile_fit": settings["tile_fit"], "device": models.pipeline.device.type,
               "precision": str(models.pipeline.dtype or "float32"),
@@ -309,7 +312,8 @@ def draw(jobs, models, shared, title) -> None:
         with nullcontext() if "lora" in parts else lora_disabled(transformer):
             image = models.pipeline(
                 condition, made_by["num_inference_steps"], made_by["guidance_scale"],
-                made_by["scheduler"], seed=job.seed, progress=lambda steps: steps).images[0]
+                made_by["scheduler"], seed=job.seed, progress=lambda steps: steps,
+                guidance_interval=made_by["guidance_interval"]).images[0]
         save_png(job.path, image, {**made_by, "seed": job.seed, "number": job.number,
                                    "tile": job.sample.tile.path.name, "tile_hash": job.sample.hash})
 
@@ -338,6 +342,7 @@ def describe(options, settings, models, notes, tiles) -> dict:
         "data": str(options.data), "run": str(options.run), "tiles": tiles, "notes": notes,
         "settings": {"seed": options.seed, "count": options.count, "steps": options.steps,
                      "scheduler": options.scheduler, "guidance_scale": options.guidance_scale,
+                     "guidance_interval": options.guidance_interval,
                      "arms": ",".join(options.arms), "ema": options.ema,
                      "base": str(options.base or settings["base"]),
                      "precision": str(models.pipeline.dtype or "float32")},

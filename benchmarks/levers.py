@@ -1,0 +1,262 @@
+"""What each way of saving time gives by itself, and how near to the matrix rate we are.
+
+    python benchmarks/levers.py --out benchmarks/results/levers.json
+
+Four blocks of PixCell-256 at full width, random weights, LoRA of rank 8 on all attention; one
+thread. Both ways of a pair take turns, and a ratio is of the processor's time, which other work on
+the machine disturbs less: other / ours, above 1 where ours is the faster. Ours is what pixcell_min
+does; the others were tried and left out, or are what it did before.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from first_run import machine  # noqa: E402
+from pixcell_min.checkpoint import write_text  # noqa: E402
+from pixcell_min.lora import LoRALinear, fold_lora, inject_lora, lora_parameters  # noqa: E402
+from pixcell_min.precision import autocast, hold_products_in  # noqa: E402
+from pixcell_min.transformer import Attention, PixCellTransformer, TransformerConfig  # noqa: E402
+
+CPU, BLOCKS, WIDTH, TOKENS = torch.device("cpu"), 4, 1152, 256
+HALF = {"bf16": torch.bfloat16, "float32": None}
+MATRIX = ("aten::mm", "aten::addmm", "aten::bmm", "aten::_scaled_dot_product")
+
+
+def build(precision, compiled=False):
+    """Blocks with LoRA, neither A nor B zero, in training mode."""
+    torch.manual_seed(0)
+    model = PixCellTransformer(TransformerConfig(num_layers=BLOCKS)).eval()
+    hold_products_in(model, HALF[precision])
+    inject_lora(model, 8, 16, exclude=model.inert_layers(), generator=torch.Generator().manual_seed(0))
+    for parameter in lora_parameters(model):
+        torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(1))
+    if compiled:
+        model.compile_blocks()
+    return model.train()
+
+
+def inputs(batch):
+    g = torch.Generator().manual_seed(2)
+    return (torch.randn(batch, 16, 32, 32, generator=g), torch.linspace(50, 950, batch).long(),
+            torch.randn(batch, 1, 1536, generator=g))
+
+
+def train(model, precision, batch=1):
+    """Forward and backward; → (output, LoRA's gradients)."""
+    model.zero_grad()
+    with autocast(CPU, HALF[precision]):
+        output = model(*inputs(batch))
+    output[:, :16].float().square().mean().backward()
+    return output.detach().float(), torch.cat([p.grad.flatten() for p in lora_parameters(model)])
+
+
+@torch.no_grad()
+def forward(model, precision, batch=2):
+    with autocast(CPU, HALF[precision]):
+        return (model(*inputs(batch)).float(),)
+
+
+class LoRAProduct(torch.autograd.Function):
+    """W·x + b + s·B·A·x with a backward by hand that keeps x and A·x alone."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, A, B, scale):
+        low = scale * F.linear(x, A)
+        ctx.save_for_backward(x, weight, A, B, low)
+        ctx.scale = scale
+        out = F.linear(x, weight, bias)
+        out.flatten(0, -2).addmm_(low.flatten(0, -2), B.T)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, A, B, low = ctx.saved_tensors
+        grad, flat, low = grad.flatten(0, -2), x.flatten(0, -2), low.flatten(0, -2)
+        grad_low = ctx.scale * (grad @ B)
+        grad_x = (grad @ weight).addmm_(grad_low, A).view(x.shape)
+        return grad_x, None, None, grad_low.T @ flat, grad.T @ low, None
+
+
+def by_hand(self, x):
+    dtype = self.base.weight.dtype
+    return LoRAProduct.apply(x.to(dtype), self.base.weight, self.base.bias, self.lora_A.to(dtype),
+                             self.lora_B.to(dtype), self.scale * self.scaling)
+
+
+def cast_by_each(self, h, context=None):
+    """Attention's forward with its cast undone: each projection casts for itself."""
+    if context is not None:
+        return self.to_out[0](self.to_v(context))
+    q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+               for x in (self.to_q(h), self.to_k(h), self.to_v(h)))
+    from pixcell_min.transformer import attend
+    return self.to_out[0](attend(q, k, v).transpose(1, 2).flatten(2))
+
+
+@contextmanager
+def replaced(kind, method):
+    kept, kind.forward = kind.forward, method
+    yield
+    kind.forward = kept
+
+
+def ratio(ours, other, turns) -> dict:
+    """Median, lowest and highest of other / ours over turns; largest difference of results."""
+    ratios, seconds = [], []
+    for turn in range(turns + 1):
+        times, results = [], []
+        for way in (ours, other):
+            began = time.process_time()
+            results.append(way())
+            times.append(time.process_time() - began)
+        if turn:
+            ratios.append(times[1] / times[0])
+            seconds.append(times[0])
+    differences = [((a - b).abs().max() / a.abs().max()).item() for a, b in zip(*results)]
+    return {"ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
+            "seconds": statistics.median(seconds), "difference": max(differences)}
+
+
+def saved_mb(model, precision, batch) -> float:
+    """What the forward keeps for the backward, weights aside."""
+    held = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept, total = [], 0
+
+    def keep(tensor):
+        nonlocal total
+        if (storage := tensor.untyped_storage()).data_ptr() not in held:
+            held.add(storage.data_ptr())
+            total += storage.nbytes()
+        kept.append(tensor)  # or the next one may lie where it lay
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), \
+            autocast(CPU, HALF[precision]):
+        model(*inputs(batch))
+    return total / 1e6
+
+
+@torch.no_grad()
+def fused_qkv(precision, turns):
+    """Three projections by one product, against three; forward alone."""
+    dtype = HALF[precision] or torch.float32
+    x, *weights = (torch.randn(TOKENS * 2, WIDTH).to(dtype), *torch.randn(3, WIDTH, WIDTH).to(dtype))
+    whole = torch.cat(weights)
+    return ratio(lambda: [torch.cat([F.linear(x, w) for w in weights], dim=1).float()],
+                 lambda: [F.linear(x, whole).float()], turns)
+
+
+@torch.no_grad()
+def constants(precision, turns):
+    """Share of a guided forward, at 28 blocks, that is the same in all steps, or all conditions."""
+    model, (latents, timesteps, tokens) = build(precision).eval(), inputs(2)
+    layers, times = len(model.transformer_blocks), {}
+    with autocast(CPU, HALF[precision]):
+        context = model.caption_projection(tokens)
+        ways = {"all": lambda: model(latents, timesteps, tokens),
+                "modulation and condition": lambda: (model.adaln_single(timesteps),
+                                                     model.caption_projection(tokens)),
+                "cross-attention": lambda: [b.attn2(tokens, context) for b in model.transformer_blocks]}
+        for _ in range(turns + 1):
+            for name, way in ways.items():
+                began = time.process_time()
+                way()
+                times.setdefault(name, []).append(time.process_time() - began)
+    whole, once, cross = (statistics.median(its[1:]) for its in times.values())
+    full = once + (whole - once) * 28 / layers
+    return {"modulation and condition": once / full, "cross-attention": cross * 28 / layers / full}
+
+
+def matrix_rate(precision, turns=15) -> float:
+    """FLOP per second of this network's products, by themselves."""
+    dtype, times = HALF[precision] or torch.float32, []
+    x, weight = torch.randn(TOKENS, WIDTH).to(dtype), torch.randn(4 * WIDTH, WIDTH).to(dtype)
+    for _ in range(turns):
+        began = time.process_time()
+        F.linear(x, weight)
+        times.append(time.process_time() - began)
+    return 2 * TOKENS * WIDTH * 4 * WIDTH / statistics.median(times[1:])
+
+
+def matrix_share(work) -> float:
+    """Share of a call's time within matrix products and attention."""
+    work()
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        work()
+    events = seen.key_averages()
+    inside = sum(e.self_cpu_time_total for e in events if e.key.startswith(MATRIX))
+    return inside / sum(e.self_cpu_time_total for e in events)
+
+
+def measure(precision, turns, bar) -> dict:
+    """All levers at one precision."""
+    model = build(precision)
+    result = {}
+
+    def note(name, value):
+        result[name] = value
+        bar.update()
+
+    for batch in (1, 4):
+        step = lambda: train(model, precision, batch)  # noqa: E731
+
+        def other(kind, method):
+            with replaced(kind, method):
+                return step()
+        note(f"backward of LoRA by hand, batch {batch}",
+             ratio(step, lambda: other(LoRALinear, by_hand), turns))
+        if HALF[precision]:
+            with replaced(Attention, cast_by_each):
+                before = saved_mb(model, precision, batch)
+            note(f"each projection casts, batch {batch}", ratio(
+                step, lambda: other(Attention, cast_by_each), turns) | {
+                "saved_mb": {"ours": saved_mb(model, precision, batch), "other": before}})
+    note("one product for q, k, v", fused_qkv(precision, turns))
+    note("the same in all steps, share", constants(precision, turns))
+    active, folded = build(precision).eval(), build(precision).eval()
+    fold_lora(folded)
+    note("LoRA active, not fused, forward",
+         ratio(lambda: forward(folded, precision), lambda: forward(active, precision), turns))
+    compiled = build(precision, compiled=True)
+    began = time.perf_counter()
+    train(compiled, precision), forward(compiled, precision)
+    first = time.perf_counter() - began
+    note("compiled, train", ratio(lambda: train(model, precision), lambda: train(compiled, precision),
+                                  turns) | {"compiling_seconds": first})
+    model.eval(), compiled.eval()
+    note("compiled, forward", ratio(lambda: forward(model, precision),
+                                    lambda: forward(compiled, precision), turns))
+    model.train()
+    note("matrix products, flop per second", matrix_rate(precision))
+    note("matrix products, share of a training step", matrix_share(lambda: train(model, precision)))
+    note("matrix products, share of a forward", matrix_share(lambda: forward(model, precision)))
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--turns", type=int, default=7)
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with tqdm(unit="measure", total=24, disable=None) as bar:
+        results = {precision: measure(precision, options.turns, bar) for precision in HALF}
+    write_text(options.out, json.dumps(results | {
+        "turns": options.turns, "blocks": BLOCKS, "machine": machine()}, indent=1) + "\n")
+    print(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
