@@ -13,7 +13,7 @@ import json
 import statistics
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -28,7 +28,8 @@ from first_run import machine  # noqa: E402
 from pixcell_min.checkpoint import write_text  # noqa: E402
 from pixcell_min.lora import LoRALinear, fold_lora, inject_lora, lora_parameters  # noqa: E402
 from pixcell_min.precision import autocast, hold_products_in  # noqa: E402
-from pixcell_min.transformer import Attention, PixCellTransformer, TransformerConfig  # noqa: E402
+from pixcell_min.transformer import (  # noqa: E402
+    Attention, PixCellTransformer, TransformerConfig, attend)
 
 CPU, BLOCKS, WIDTH, TOKENS = torch.device("cpu"), 4, 1152, 256
 HALF = {"bf16": torch.bfloat16, "float32": None}
@@ -102,7 +103,6 @@ def cast_by_each(self, h, context=None):
         return self.to_out[0](self.to_v(context))
     q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
                for x in (self.to_q(h), self.to_k(h), self.to_v(h)))
-    from pixcell_min.transformer import attend
     return self.to_out[0](attend(q, k, v).transpose(1, 2).flatten(2))
 
 
@@ -210,18 +210,17 @@ def measure(precision, turns, bar) -> dict:
         bar.update()
 
     for batch in (1, 4):
-        step = lambda: train(model, precision, batch)  # noqa: E731
+        def step(kind=None, method=None, batch=batch):
+            with replaced(kind, method) if kind else nullcontext():
+                return train(model, precision, batch)
 
-        def other(kind, method):
-            with replaced(kind, method):
-                return step()
         note(f"backward of LoRA by hand, batch {batch}",
-             ratio(step, lambda: other(LoRALinear, by_hand), turns))
+             ratio(step, lambda: step(LoRALinear, by_hand), turns))
         if HALF[precision]:
             with replaced(Attention, cast_by_each):
                 before = saved_mb(model, precision, batch)
             note(f"each projection casts, batch {batch}", ratio(
-                step, lambda: other(Attention, cast_by_each), turns) | {
+                step, lambda: step(Attention, cast_by_each), turns) | {
                 "saved_mb": {"ours": saved_mb(model, precision, batch), "other": before}})
     note("one product for q, k, v", fused_qkv(precision, turns))
     note("the same in all steps, share", constants(precision, turns))

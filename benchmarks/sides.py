@@ -140,7 +140,7 @@ def our_adapted(case):
     our_trainable(case, pipeline)
     pipeline.transformer.eval()
     if case.get("merged"):
-        pipeline.fuse_lora()
+        pipeline.fuse_lora(for_good=True)  # as merge_and_unload of the peer
     return pipeline
 
 
