@@ -63,6 +63,8 @@ def cases() -> dict[str, dict]:
         found[f"epoch-{word}"] = {"kind": "epoch", "batch": 2, **own}
         found[f"train-4-checkpointing-{word}"] = {
             "kind": "train", "batch": 4, "checkpointing": True, **own}
+        found[f"train-1-compiled-{word}"] = {"kind": "train", "batch": 1, "compiled": True, **own}
+        found[f"forward-compiled-{word}"] = {"kind": "forward", "batch": 2, "compiled": True, **own}
         found[f"forward-unmerged-{word}"] = {"kind": "forward", "batch": 2, **own}
     found["load"] = {"kind": "load", "precision": "no"}
     for batch in (1, 4):

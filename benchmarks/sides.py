@@ -109,6 +109,8 @@ def our_trainable(case, pipeline):
                 tensor = getattr(layer, part)
                 tensor.copy_(draw_lora(f"{name}.{part}", tensor.shape))
     transformer.gradient_checkpointing = case.get("checkpointing", False)
+    if case.get("compiled"):
+        transformer.compile_blocks()
     transformer.train()
     optimizer = build_optimizer(lora_parameters(transformer), [], RATE, RATE, 0.01)
     return torch.nn.Identity(), optimizer, build_scaler(pipeline.device, pipeline.dtype)
@@ -316,7 +318,11 @@ def peer_adapted(case):
                 plain = name.removeprefix("base_model.model.").removesuffix(".default.weight")
                 tensor.copy_(draw_lora(plain, tensor.shape))
     if case.get("merged"):
-        return model.merge_and_unload()
+        model = model.merge_and_unload()
+    if case.get("compiled"):  # block by block, as ours
+        blocks = model if case.get("merged") else model.base_model.model
+        for block in blocks.transformer_blocks:
+            block.compile()
     return model
 
 

@@ -25,7 +25,7 @@ from pixcell_min.checkpoint import file_hash, read_tensors, save_tensors, write_
 from pixcell_min.data import Tile, image_to_tensor, load_tiles
 
 DIHEDRAL = (None, *Image.Transpose)  # the identity and Pillow's 7 turns and mirrorings
-CACHE_VERSION = 2  # raise it whenever the same input would give other features
+CACHE_VERSION = 3  # raise it whenever the same input would give other features
 ENCODE_BATCH = 4  # images a call; networks may round differently in another: see CACHE_VERSION
 ONE_BY_ONE_ABOVE = 512  # px: four tiles of 1024 px at once would take the VAE about 13 GB
 SHARD_BYTES = 2**24  # a shard is written when it holds so much: what a kill can lose

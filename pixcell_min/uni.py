@@ -10,12 +10,10 @@ import math
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
-from timm.layers import SwiGLUPacked
 from torch import nn
 
 from pixcell_min.checkpoint import read_json
@@ -37,6 +35,10 @@ class TileEncoder(nn.Module):
         tokens: S, 1 for PixCell-256, 16 for PixCell-1024. Raises: ValueError if it is no square
         number, or for arguments timm refuses.
         """
+        # Here: with torchvision it takes seconds and 200 MB, and cached features need no encoder.
+        import timm
+        from timm.layers import SwiGLUPacked
+
         super().__init__()
         if tokens < 1 or math.isqrt(tokens) ** 2 != tokens:
             raise ValueError(f"tokens of a tile must be a square number, got {tokens}")

@@ -1,6 +1,7 @@
 """The promised layout: who imports whom, how long things are, that public things are explained."""
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -118,3 +119,10 @@ def test_no_blanket_handler_and_no_loose_loading(path):
             options = {k.arg: getattr(k.value, "value", None) for k in node.keywords}
             assert options.get("strict") is not False, f"{path.name}:{node.lineno}"
             assert ast.unparse(node.func) != "torch.load" or options.get("weights_only") is True
+
+
+def test_the_scripts_start_without_the_encoders_library():
+    """timm and torchvision take seconds and 200 MB; with cached features they are never needed."""
+    code = "import sys, train, sample; sys.exit(bool({'timm', 'torchvision'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

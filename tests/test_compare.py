@@ -39,6 +39,8 @@ def case_of(base, **settings):
     {"kind": "sample", "scheduler": "ddim", "steps": 5},
     {"kind": "sample", "scheduler": "dpmpp_2m", "steps": 5, "merged": True},
     {"kind": "encode"}, {"kind": "decode"}, {"kind": "encoder"}, {"kind": "load"},
+    pytest.param({"kind": "train", "batch": 2, "compiled": True}, marks=pytest.mark.slow),
+    pytest.param({"kind": "forward", "batch": 2, "compiled": True}, marks=pytest.mark.slow),
 ], ids=lambda settings: " ".join(str(value) for value in settings.values()))
 def test_both_sides_compute_the_same(base, settings):
     case = case_of(base, **settings)
