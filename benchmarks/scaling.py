@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,8 +60,13 @@ def figure(points: dict) -> Image.Image:
         title = {"latent side": "latent cells"}.get(what, what)
         if what == "rank":  # the frozen network is nearly all of the work, whatever the rank
             del curves["proportional"]
-        panels.append(curve_panel(title, curves, INK, 300, 220, legend=what == "batch", base=0))
-    picture = Image.new("RGB", (2 * panels[0].width, 2 * panels[0].height), "white")
+        panels.append(curve_panel(title, curves, INK, 300, 220, base=0))
+    picture = Image.new("RGB", (2 * panels[0].width, 2 * panels[0].height + 24), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(14)
+    for i, (name, colour) in enumerate(INK.items()):  # below the panels, whose curves fill them
+        x, y = 20 + 190 * i, picture.height - 14
+        draw.line((x, y, x + 30, y), colour, 3)
+        draw.text((x + 38, y), name, "black", font, anchor="lm")
     for i, panel in enumerate(panels):
         picture.paste(panel, (i % 2 * panel.width, i // 2 * panel.height))
     return picture

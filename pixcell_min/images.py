@@ -57,7 +57,8 @@ def curve_panel(title, curves, ink, width, height, *, low=None, high=None, base=
                 draw.polygon([(points[0][0], bottom), *points, (points[-1][0], bottom)], "#e4e4e4")
             draw.line(points, ink[name], 2 * scale, joint="curve")
         for x, value, anchor in ((left, low, "lt"), (right, high, "rt")):
-            draw.text((x, bottom + 5 * scale), f"{value:.3g}", "#555555", font, anchor=anchor)
+            text = f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+            draw.text((x, bottom + 5 * scale), text, "#555555", font, anchor=anchor)
         if base is None:
             for y, value, anchor in ((top, peak, "lt"), (bottom, edge, "lb")):
                 draw.text((left, y), f"{value:.3g}", "#555555", font, anchor=anchor)

@@ -92,7 +92,7 @@ def test_growth_is_measured_once_and_drawn(base, tmp_path, monkeypatch, capsys):
     scaling.main(arguments)
     points = json.loads(out.read_text())["points"]["batch"]
     assert [*points] == ["1", "3"] and all(p["cpu_seconds"] > 0 < p["mb"] for p in points.values())
-    assert Image.open(picture).size == (600, 440) and "batch 1:" in capsys.readouterr().out
+    assert Image.open(picture).size == (600, 464) and "batch 1:" in capsys.readouterr().out
     monkeypatch.setattr(scaling, "measure", None)
     scaling.main(arguments)
 
