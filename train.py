@@ -17,7 +17,6 @@ from contextlib import nullcontext, redirect_stdout
 from functools import partial
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from pixcell_min.adapter import EmbeddingAdapter

@@ -14,7 +14,6 @@ with the same settings is not measured again. Linux alone tells the peak memory 
 import argparse
 import json
 import multiprocessing
-import os
 import statistics
 import sys
 from pathlib import Path

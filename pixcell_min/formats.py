@@ -30,7 +30,7 @@ READ = (*REQUIRED, "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern"
 # Fields of peft's LoraConfig that do not change what given A and B compute. Any other must be off.
 HARMLESS = ("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path",
             "revision", "inference_mode", "exclude_modules", "layers_to_transform",
-            "layers_pattern", "megatron_core", "qalora_group_size")
+            "layers_pattern", "megatron_core", "qalora_group_size", "eva_config")
 # Other starts of peft's (pissa, olora, loftq, corda, …) change the base's weights as well.
 STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 OFF = (None, False, "none", {}, [])

@@ -169,8 +169,10 @@ def encoder_rows():
 def lora_rows():
     """Output, gradients, merge, on all attention of a PixArt."""
     reference = of("peft", "LoRA")
-    for options, what in (({"alpha": 8.0}, "r 4, alpha 8"),
-                          ({"alpha": 8.0, "use_rslora": True, "rank": 4}, "r 4, alpha 8, rsLoRA")):
+    # At a scale that is no power of two s·(A·x) and s·(B·(A·x)) round apart, in layer after layer.
+    for options, what, tolerance in (
+            ({"alpha": 8.0}, "r 4, alpha 8", SAME_MATHS), ({"alpha": 6.0}, "r 4, alpha 6", FLOAT32),
+            ({"alpha": 8.0, "use_rslora": True, "rank": 4}, "r 4, alpha 8, rsLoRA", SAME_MATHS)):
         ours, theirs = lora_twins(pixart, **options)
         mine, peer = call(ours), call(theirs)
         yield compare("LoRA", f"output, {what}", reference, [(mine, peer)], SAME_MATHS, "relative")
@@ -181,7 +183,7 @@ def lora_rows():
             f"base_model.model.{name}.{part}.default.weight"].grad).abs().max().item()
             for name, layer in lora_layers(ours).items() for part in ("lora_A", "lora_B"))
         yield judge("LoRA", f"gradients of A and B, {what}", reference, absolute,
-                    gradient_error(ours, theirs), SAME_MATHS, "relative")
+                    gradient_error(ours, theirs), tolerance, "relative")
         merge_lora(ours)
         merged = theirs.merge_and_unload()
         yield compare("LoRA", f"merged weights, {what}", reference, [

@@ -1,6 +1,5 @@
 """features.py: encoding, the cache of shards and all that can befall it, gathering rows."""
 
-import hashlib
 import json
 import os
 import random

@@ -12,10 +12,10 @@ from diffusers.loaders import PeftAdapterMixin, SD3LoraLoaderMixin
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from pixcell_min.checkpoint import read_json, read_tensors
+from pixcell_min.checkpoint import read_json
 from pixcell_min.exports import write_lora
 from pixcell_min.formats import DIFFUSERS_CONFIG, load_lora, read_lora
-from pixcell_min.lora import inject_lora, lora_layers, remove_lora, save_lora
+from pixcell_min.lora import inject_lora, lora_layers, save_lora
 from references import call, error, pixart
 from test_parity_lora import OPTIONS, SAME_MATHS, generator
 
@@ -174,6 +174,14 @@ def spoilt_peft(folder, change_config=lambda c: None, rename=lambda key: key):
 ])
 def test_a_wrong_configuration_is_named(change, words, tmp_path):
     refused(spoilt_peft(tmp_path, change), words)
+
+
+def test_a_start_that_left_the_base_alone_is_taken(tmp_path):
+    def eva(config):  # its own settings say how A began, no more
+        config.update(init_lora_weights="eva", eva_config={"rho": 2.0})
+    plain, started = tmp_path / "plain", tmp_path / "eva"
+    assert error(call(in_ours(spoilt_peft(started, eva))),
+                 call(in_ours(spoilt_peft(plain, lambda config: None)))) == 0
 
 
 @pytest.mark.parametrize("prefix", ["", "transformer.", "base_model."])

@@ -10,7 +10,7 @@ from torch import nn
 
 from pixcell_min.formats import load_lora
 from pixcell_min.lora import (
-    DEFAULT_TARGETS, PEFT_PREFIX, LoRALinear, count_parameters, inject_lora, load_lora_state_dict,
+    PEFT_PREFIX, LoRALinear, count_parameters, inject_lora, load_lora_state_dict,
     lora_disabled, lora_layers, lora_parameters, lora_state_dict, merge_lora, remove_lora, save_lora, unmerge_lora,
 )
 

@@ -9,7 +9,6 @@ at a time is drawn and written; files appear whole. Weights that are there alrea
 note.
 """
 
-import argparse
 import hashlib
 import json
 import sys
