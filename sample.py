@@ -12,8 +12,8 @@ from tqdm import tqdm
 from pixcell_min.adapter import load_adapter
 from pixcell_min.base import load_pixcell_base
 from pixcell_min.checkpoint import file_hash
-from pixcell_min.checks import (DEVICE, OneLineParser, integer, nonnegative_float, number, one_of,
-                                positive_int)
+from pixcell_min.checks import (DEVICE, OneLineParser, integer, nonnegative_float, number, one_line,
+                                one_of, positive_int)
 from pixcell_min.config import read_yaml
 from pixcell_min.data import find_tiles, fit_tile, read_tile
 from pixcell_min.formats import lora_files
@@ -99,7 +99,7 @@ def main(argv=None) -> int:
     try:
         sample(options)
     except (ValueError, OSError) as error:
-        print(f"sample.py: error: {error}", file=sys.stderr)
+        print(f"sample.py: error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("sample.py: interrupted; the images finished so far are kept", file=sys.stderr)

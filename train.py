@@ -23,6 +23,7 @@ from pixcell_min.adapter import EmbeddingAdapter
 from pixcell_min.base import (feature_files, features_hash, load_pixcell_base, read_vae_config,
                               vae_weights)
 from pixcell_min.batches import draw_micro_batches, generator_for, group_by_class
+from pixcell_min.checks import one_line
 from pixcell_min.config import Config, changes, parse_train, provenance, read_yaml, to_yaml
 from pixcell_min.data import find_tiles, split_tiles, spread
 from pixcell_min.distributed import Processes, joined, lost
@@ -33,9 +34,9 @@ from pixcell_min.monitor import draw_curve, draw_grid, estimate, open_tensorboar
 from pixcell_min.precision import make_deterministic, refusal
 from pixcell_min.precomputed import cached_precomputed, find_precomputed
 from pixcell_min.runs import (GRID, RECORD, SETTINGS, StopSignals, check_new, check_writable,
-                              describe_session, kept, load_state, lock, log, require_state,
-                              resume_command, resume_run, save_shared, save_state, start_run,
-                              state_files, unlock)
+                              describe_session, kept, load_state, lock, log, read_sessions,
+                              require_state, resume_command, resume_run, save_shared, save_state,
+                              start_run, state_files, unlock)
 from pixcell_min.tools.synthetic import PROCEDURAL_TILES, second_laboratory
 from pixcell_min.training import (Progress, TrainingState, build_optimizer, build_scaler,
                                   check_attempt, count_attempt, count_validation,
@@ -76,7 +77,7 @@ def main(argv=None) -> int:
         return 130
     finally:
         unlock()
-    print(f"train.py: error: {line}", file=sys.stderr)
+    print(f"train.py: error: {one_line(line)}", file=sys.stderr)
     return 2
 
 
@@ -265,6 +266,7 @@ def check_run_folder(run: Path, config: Config, options) -> None:
         return
     require_state(run)
     check_writable(run)
+    read_sessions(run)  # refused now, before a state's log is written
     refused, free = changes(Config(**read_yaml(run / SETTINGS)), config)
     if refused:
         raise ValueError(f"{run}: cannot resume with other settings: {'; '.join(refused)}")
@@ -355,7 +357,7 @@ def load_features(config: Config, pipeline, tiles):
     """
     sizes, vae = pipeline.transformer.config, read_vae_config(config.base)
     common = {"strict": config.strict_data, "workers": config.decode_workers,
-              "report": lambda line: print(line, file=sys.stderr)}
+              "report": lambda line: print(one_line(line), file=sys.stderr)}
     if config.features:
         if config.sample_count:  # said now, not after the training: the grid decodes
             vae_weights(config.base, "; or choose --sample-count 0")

@@ -64,7 +64,8 @@ def load_adapter(path, expected_base_hash=None) -> EmbeddingAdapter:
         raise ValueError(f"{path}: adapter of base {made_for}, the loaded base is "
                          f"{expected_base_hash}; load the base it was trained with")
     shape = tensors["fc1.weight"].shape if "fc1.weight" in tensors else (1, 1)
-    if len(shape) != 2 or 0 in shape or not all(t.isfinite().all() for t in tensors.values()):
+    if len(shape) != 2 or 0 in shape or not all(
+            t.float().isfinite().all() for t in tensors.values() if t.is_floating_point()):
         raise ValueError(f"{path}: not an adapter: NaN, or fc1.weight is not (hidden, E)")
     adapter = EmbeddingAdapter(shape[1], shape[0])
     load_strict(adapter, tensors, path)

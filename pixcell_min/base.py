@@ -104,7 +104,7 @@ def load_pixcell_base(path=None, device="auto", mixed_precision="auto") -> PixCe
     Raises: ValueError if a file is missing, broken or does not fit.
     """
     base, device = find_base(path), choose_device(device)
-    schedule = NoiseSchedule.from_config(read_json(base / "scheduler" / "scheduler_config.json"))
+    schedule = read_schedule(base)
     dtype = choose_dtype(mixed_precision, device)
     transformer = PixCellTransformer.from_pretrained(
         base / "transformer", prepare=lambda network: hold_products_in(network, dtype))
@@ -113,6 +113,16 @@ def load_pixcell_base(path=None, device="auto", mixed_precision="auto") -> PixCe
                            partial(load_encoder, base, device), schedule,
                            base_hash=file_hash(base / "transformer" / TRANSFORMER_WEIGHTS),
                            device=device, dtype=dtype)
+
+
+def read_schedule(base) -> NoiseSchedule:
+    """The noise levels of a base folder. Raises: ValueError: missing, or not done here."""
+    path = find_base(base) / "scheduler" / "scheduler_config.json"
+    config = read_json(path)
+    try:
+        return NoiseSchedule.from_config(config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def load_vae(base=None, device="auto") -> AutoencoderKL:

@@ -23,8 +23,8 @@ from safetensors.torch import save_file
 
 PICKLE_SUFFIXES = (".bin", ".pth", ".pt")
 # All that torch.load was seen to raise when files were cut or their bytes flipped.
-BROKEN_PICKLE = (pickle.UnpicklingError, struct.error, AssertionError, AttributeError, EOFError,
-                 LookupError, OSError, RuntimeError, TypeError, ValueError)
+BROKEN_PICKLE = (pickle.UnpicklingError, struct.error, zipfile.BadZipFile, AssertionError,
+                 AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 STATE_FORMAT = 3  # raise it whenever a state would be continued otherwise than it was begun
 MAX_NAMED_KEYS = 3  # an error line names this many keys of each kind and counts the rest
 
@@ -41,13 +41,10 @@ def read_text(path) -> str:
 
 def read_json(path) -> dict:
     """Read a JSON object. Raises: ValueError if the file is missing, not JSON, or not an object."""
-    path = Path(path)
+    text = read_text(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(
-            f"{path}: cannot be read ({error.strerror}); expected a JSON file") from None
-    except ValueError as error:  # JSONDecodeError, UnicodeDecodeError
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:  # the latter: nested too deeply
         raise ValueError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
@@ -240,13 +237,17 @@ def newest_intact(folder) -> Path | None:
 
 def _read_state(path, keys):
     saved = load_object(path)
-    if not isinstance(saved, dict) or "format" not in saved:
+    if not isinstance(saved, dict) or type(saved.get("format")) is not int:
         raise ValueError(f"{path}: not the state of a run")
     if saved["format"] != STATE_FORMAT:
         raise ValueError(f"{path}: saved by another version of this code, in format "
                          f"{saved['format']}; this one reads format {STATE_FORMAT}")
     content = saved.get("content")
-    if content_hash(content) != saved.get("hash"):  # torch.load itself checks no checksum
+    try:
+        sound = bool(content_hash(content) == saved.get("hash"))  # torch.load checks no checksum
+    except BROKEN_PICKLE:  # no content of ours: nested too deeply, tensors of another layout
+        sound = False
+    if not sound:
         raise ValueError(f"{path}: damaged, its contents do not fit its checksum")
     if not isinstance(content, dict) or (keys and content.keys() != keys):
         raise ValueError(f"{path}: not the state of such a run; expected {sorted(keys)}")

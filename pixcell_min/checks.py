@@ -34,6 +34,11 @@ def expected_got(check: Check, value) -> str:
     return f"expected {check.expected}, got {reprlib.repr(value)}"  # reprlib cuts long values
 
 
+def one_line(error) -> str:
+    """What is wrong, as one printable line: file names and keys may hold line ends, or anything."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))
+
+
 def _keep(value, condition):
     if not condition:
         raise ValueError
@@ -117,4 +122,4 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message):
         """Print one line and leave with exit code 2."""
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+        self.exit(2, f"{self.prog}: error: {one_line(' '.join(message.split()))}\n")

@@ -246,7 +246,7 @@ def _read_shard(path, key, wanted):
         if wanted & set(contents) and header.get("checksum") != _checksum(
                 key, contents, sources, tensors):
             raise ValueError
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         known = str(error).startswith(str(path))
         return ValueError(str(error) if known else f"{path}: damaged, it fails its checksum")
     return tensors, contents, sources

@@ -211,7 +211,7 @@ def _equal_layers(state, alpha=None):
 def _native_layers(text, path):
     try:
         return {name: {key: its[key] for key in SETTINGS} for name, its in json.loads(text).items()}
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         raise ValueError(f"{path}: no readable lora_config in its header: unknown alpha") from None
 
 
@@ -254,7 +254,7 @@ def _diffusers_layers(state, text, alpha, path):
         return _equal_layers(state, alpha)
     try:
         config = dict(json.loads(text))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         raise ValueError(f"{path}: {DIFFUSERS_CONFIG} in its header is no JSON object") from None
     return _peft_layers(state, _strip(config, DIFFUSERS_PREFIX, path), path)
 

@@ -5,9 +5,23 @@ another dtype the peak is the converted weights and GROUP_BYTES of the file, wha
 A file must not be written to in place while a network uses it; replacing it by renaming is safe.
 """
 
+import torch
+
 from pixcell_min.checkpoint import load_strict, read_tensors
 
 GROUP_BYTES = 2**27  # of the file, mapped at a time while it is converted
+
+
+def build(make, source):
+    """`make()` on the meta device: no random start is computed for weights that are overwritten.
+
+    Raises: ValueError naming `source`, the configuration, if it makes no network or one too large.
+    """
+    try:
+        with torch.device("meta"):
+            return make()
+    except (ValueError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"{source}: makes no network: {error}") from None
 
 
 def load_weights(module, path) -> None:

@@ -282,7 +282,7 @@ def check_state(state, expected, source) -> None:
     for key, tensor in state.items():
         if tensor.shape != shapes[key]:
             raise ValueError(f"{source}: {key} is {tuple(tensor.shape)}, expected {shapes[key]}")
-        if not tensor.is_floating_point() or not tensor.isfinite().all():
+        if not tensor.is_floating_point() or not tensor.float().isfinite().all():
             raise ValueError(f"{source}: {key} holds NaN, infinity or no floating-point numbers")
 
 

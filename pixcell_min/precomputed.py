@@ -10,6 +10,7 @@ Reading needs neither VAE nor encoder. There are no dihedral variants: embedding
 
 from collections.abc import Callable
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ from tqdm import tqdm
 from pixcell_min.data import Tile
 from pixcell_min.features import Features, cached_features
 
+# What NumPy was seen to raise when headers were damaged.
+BROKEN_ARRAY = (OSError, ValueError, TokenError)
 LATENTS, EMBEDDING = "_sd3_vae.npy", "_uni.npy"
 
 
@@ -100,7 +103,7 @@ def _read(path):
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; a tile needs both {LATENTS} and "
                          f"{EMBEDDING}") from None
-    except (OSError, ValueError) as error:
+    except BROKEN_ARRAY as error:
         reason = " ".join(str(error).split())[:100]
         raise ValueError(f"{path}: broken or not a NumPy array ({reason})") from None
     if array.dtype not in (np.float16, np.float32):

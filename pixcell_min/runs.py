@@ -25,8 +25,7 @@ from pixcell_min.ema import averaged
 from pixcell_min.lora import save_lora
 from pixcell_min.training import Diverged, Progress, TrainingState
 
-RECORD, SETTINGS, TILES = "run.json", "config.yaml", "tiles.json"
-LOCK = ".lock"
+RECORD, SETTINGS, TILES, LOCK = "run.json", "config.yaml", "tiles.json", ".lock"
 STATES, METRICS, GRID = "states", "metrics.jsonl", "samples/grid.png"
 LORA, ADAPTER = "lora_weights.safetensors", "adapter.safetensors"
 LORA_EMA, ADAPTER_EMA = "lora_weights_ema.safetensors", "adapter_ema.safetensors"
@@ -182,7 +181,7 @@ def read_log(run: Path) -> list[dict]:
         lines = [json.loads(line) for line in
                  checkpoint.read_text(run / METRICS).splitlines(keepends=True) if line[-1] == "\n"]
         [line["attempt"] + line["step"] for line in lines]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, ValueError) and METRICS in str(error):
             raise
         raise ValueError(f"{run / METRICS}: a line is no log entry; mend or remove it") from None
@@ -230,13 +229,19 @@ def load_state(run: Path, identity: dict, state: TrainingState, report) -> None:
     checkpoint.write_text(run / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
 
 
-def resume_run(run: Path, session: dict, settings: str, state: TrainingState, report) -> None:
-    """Note the session and the settings of a run that goes on; `report(line)` other versions."""
+def read_sessions(run: Path) -> list[dict]:
+    """What run.json tells of the sessions so far. Raises: ValueError: missing, or not a run's."""
     sessions = checkpoint.read_json(run / RECORD).get("sessions")
     if not isinstance(sessions, list) or not sessions or not all(
             isinstance(its, dict) and isinstance(its.get("versions"), dict)
             and isinstance(its.get("hashes"), dict) for its in sessions):
         raise ValueError(f'{run / RECORD}: expected {{"sessions": […]}}, as train.py writes it')
+    return sessions
+
+
+def resume_run(run: Path, session: dict, settings: str, state: TrainingState, report) -> None:
+    """Note the session and the settings of a run that goes on; `report(line)` other versions."""
+    sessions = read_sessions(run)
     then, now = ({**its["versions"], "pixcell_min's code": str(its["hashes"].get("code"))[:8],
                   "threads": its.get("threads"), "processes": its.get("processes", 1)}
                  for its in (sessions[-1], session))

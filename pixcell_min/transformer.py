@@ -9,6 +9,7 @@ Sources: Peebles & Xie 2023; Chen et al. 2023, 2024 (PixArt); Yellapragada et al
 """
 
 import math
+import reprlib
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from pixcell_min.checkpoint import read_json
 from pixcell_min.embeddings import (CaptionProjection, PatchEmbed, TimestepModulation,
                                     TokenPositions)
-from pixcell_min.loading import load_weights
+from pixcell_min.loading import build, load_weights
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 PLAIN_ATTENTION_UP_TO = 1024  # tokens: a 512-px tile; its N×N products are kept for the backward
@@ -29,6 +30,8 @@ PLAIN_ATTENTION_UP_TO = 1024  # tokens: a 512-px tile; its N×N products are kep
 FIXED = {"_class_name": "PixCellTransformer2DModel", "activation_fn": "gelu-approximate",
          "attention_bias": True, "attention_type": "default", "norm_type": "ada_norm_single",
          "norm_elementwise_affine": False, "use_additional_conditions": False, "dropout": 0.0}
+# Far above any released network's; a broken configuration would be built for hours.
+LARGEST, LARGEST_OTHER = {"num_layers": 256, "sample_size": 1024}, 2**16
 
 
 @dataclass(frozen=True)
@@ -60,12 +63,15 @@ class TransformerConfig:
                              f"{missing[0]!r} is missing")
         values = {key: config[key] for key in names & config.keys()}
         for key in sorted(values):
-            positive = type(values[key]) in (int, float) and values[key] > 0
+            positive = type(values[key]) in (int, float) and 0 < values[key] < math.inf
             if key in optional and not positive and (
                     (key, values[key]) != ("interpolation_scale", None)):
                 raise ValueError(f"{source}: {key} must be a positive number, got {values[key]!r}")
-            if key not in optional and (type(values[key]) is not int or values[key] < 1):
-                raise ValueError(f"{source}: {key} must be a positive integer, got {values[key]!r}")
+            largest = LARGEST.get(key, LARGEST_OTHER)
+            if key not in optional and not (
+                    type(values[key]) is int and 1 <= values[key] <= largest):
+                raise ValueError(f"{source}: {key} must be a positive integer, got "
+                                 f"{reprlib.repr(values[key])}; {largest} at most")
         values.setdefault("interpolation_scale", None)
         return cls(**values)
 
@@ -186,10 +192,9 @@ class PixCellTransformer(nn.Module):
         `prepare(network)` may still change dtypes: what is read is converted to them, once.
         """
         folder = Path(folder)
-        config = TransformerConfig.from_dict(
-            read_json(folder / "config.json"), folder / "config.json")
-        with torch.device("meta"):  # no random start is computed for weights that are overwritten
-            model = cls(config).to(dtype)
+        path = folder / "config.json"
+        config = TransformerConfig.from_dict(read_json(path), path)
+        model = build(lambda: cls(config).to(dtype), path)
         prepare(model)
         load_weights(model, folder / WEIGHTS_NAME)
         return model.eval()

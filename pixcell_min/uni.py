@@ -7,6 +7,7 @@ Source: Chen et al. 2024 (UNI); the architecture is timm's `vit_giant_patch14_22
 """
 
 import math
+import reprlib
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,12 @@ from PIL import Image
 from torch import nn
 
 from pixcell_min.checkpoint import read_json
-from pixcell_min.loading import load_weights
+from pixcell_min.loading import build, load_weights
 
 ARCHITECTURE = "vit_giant_patch14_224"
 UNI2H_ARGS = {"img_size": 224, "patch_size": 14, "depth": 24, "num_heads": 24, "embed_dim": 1536,
               "init_values": 1e-5, "mlp_ratio": 2.66667 * 2, "reg_tokens": 8}
+LARGEST, MAX_DEPTH = 2**16, 256  # of model_args; far above any released encoder's
 WEIGHT_NAMES = ("model.safetensors", "pytorch_model.bin")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -46,12 +48,17 @@ class TileEncoder(nn.Module):
             raise ValueError(f"model_args must be a table of arguments, got {model_args!r}")
         # Keys beyond ours say nothing new: a network they would change has other tensors.
         args = UNI2H_ARGS | {k: v for k, v in (model_args or {}).items() if k in UNI2H_ARGS}
+        if any(isinstance(v, (int, float)) and not abs(v) <= (MAX_DEPTH if k == "depth" else LARGEST)
+               for k, v in args.items()):
+            raise ValueError(f"model_args {reprlib.repr(args)}: expected a depth of {MAX_DEPTH} and "
+                             f"other numbers of {LARGEST} at most")
         try:
             self.vit = timm.create_model(
                 ARCHITECTURE, pretrained=False, num_classes=0, no_embed_class=True,
                 dynamic_img_size=True, mlp_layer=SwiGLUPacked, act_layer=nn.SiLU, **args)
         except (AssertionError, ArithmeticError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"model_args {args!r}: timm refuses them ({error})") from None
+            raise ValueError(f"model_args {reprlib.repr(args)}: timm refuses them "
+                             f"({reprlib.repr(str(error))})") from None
         self.input_size, self.embedding_dim = args["img_size"], args["embed_dim"]
         self.mean, self.std, self.tokens = tuple(mean), tuple(std), tokens
 
@@ -62,9 +69,9 @@ class TileEncoder(nn.Module):
         Raises: ValueError if a file is missing, is not this network, or holds anything but tensors.
         """
         config, path = read_encoder(folder)
-        with torch.device("meta"):
-            encoder = cls(
-                config.get("model_args"), *_normalisation(config, path.parent), tokens).to(dtype)
+        source, normalisation = path.with_name("config.json"), _normalisation(config, path.parent)
+        encoder = build(
+            lambda: cls(config.get("model_args"), *normalisation, tokens).to(dtype), source)
         load_weights(encoder.vit, path)
         return encoder.requires_grad_(False).eval()
 

@@ -8,6 +8,7 @@ diffusers.AutoencoderKL.
 """
 
 import math
+import reprlib
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -17,11 +18,13 @@ from einops import rearrange
 from torch import nn
 
 from pixcell_min.checkpoint import read_json
-from pixcell_min.loading import load_weights
+from pixcell_min.loading import build, load_weights
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 NORM_EPS = 1e-6
 LOGVAR_RANGE = (-30.0, 20.0)  # of the unscaled posterior
+# Far above any released network's; a broken configuration would be built for hours.
+LARGEST, MAX_STAGES, MAX_LAYERS = 2**16, 8, 16
 FIXED = {"_class_name": "AutoencoderKL", "act_fn": "silu", "use_quant_conv": False,
          "use_post_quant_conv": False, "mid_block_add_attention": True}
 
@@ -57,8 +60,13 @@ class VAEConfig:
             kind = (int, float) if name.endswith("_factor") else int
             if not isinstance(numbers, list) or not numbers or any(
                     isinstance(n, bool) or not isinstance(n, kind)
-                    or (n <= 0 and name != "shift_factor") for n in numbers):
-                raise ValueError(f"{source}: {name} must be a positive number, got {value!r}")
+                    or not abs(n) <= LARGEST or (n <= 0 and name != "shift_factor")
+                    for n in numbers):
+                raise ValueError(f"{source}: {name} must be a positive number, {LARGEST} at most, "
+                                 f"got {reprlib.repr(value)}")
+        if values["layers_per_block"] > MAX_LAYERS or len(values["block_out_channels"]) > MAX_STAGES:
+            raise ValueError(f"{source}: expected at most {MAX_STAGES} block_out_channels and "
+                             f"layers_per_block {MAX_LAYERS}")
         groups, widths = values["norm_num_groups"], values["block_out_channels"]
         if any(width % groups for width in widths):
             raise ValueError(f"{source}: block_out_channels {widths} must be multiples of "
@@ -207,11 +215,10 @@ class AutoencoderKL(nn.Module):
         Raises: ValueError if a file is missing or does not fit.
         """
         folder = Path(folder)
-        config = VAEConfig.from_dict(read_json(folder / "config.json"), folder / "config.json")
-        path = Path(weights) if weights else folder / WEIGHTS_NAME
-        with torch.device("meta"):
-            model = cls(config).to(dtype)
-        load_weights(model, path)
+        path = folder / "config.json"
+        config = VAEConfig.from_dict(read_json(path), path)
+        model = build(lambda: cls(config).to(dtype), path)
+        load_weights(model, Path(weights) if weights else folder / WEIGHTS_NAME)
         return model.eval()
 
     def encode(self, pixels):

@@ -24,7 +24,7 @@ from pixcell_min.adapter import load_adapter
 from pixcell_min.base import (REPOSITORY, encoder_folder, feature_files, find_base, load_encoder,
                               load_pixcell_base, load_vae)
 from pixcell_min.checkpoint import file_hash, load_newest_state, read_json, read_tensors, read_text
-from pixcell_min.checks import OneLineParser
+from pixcell_min.checks import OneLineParser, one_line
 from pixcell_min.config import Config, read_yaml
 from pixcell_min.data import fit_tile, read_tile
 from pixcell_min.images import save_png
@@ -69,7 +69,7 @@ def main(argv=None) -> int:
                                               f"LoRA updates of {options.run}"),
                      {"audit": str(options.run), "lora_hash": result["files"][-2]["sha256"]})
     except (ValueError, OSError) as error:
-        print(f"audit: error: {error}", file=sys.stderr)
+        print(f"audit: error: {one_line(error)}", file=sys.stderr)
         return 2
     print(json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) if options.json
           else text(result))

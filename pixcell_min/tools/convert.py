@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pixcell_min.base import find_base
 from pixcell_min.checkpoint import file_hash
-from pixcell_min.checks import OneLineParser, positive_float
+from pixcell_min.checks import OneLineParser, one_line, positive_float
 from pixcell_min.exports import FORMATS, write_lora
 from pixcell_min.formats import read_lora
 from pixcell_min.transformer import WEIGHTS_NAME, PixCellTransformer
@@ -59,7 +59,7 @@ def main(argv=None) -> int:
         print("\n".join(convert(options.source, options.target, options.format, options.base,
                                 options.alpha, options.overwrite)))
     except ValueError as error:
-        print(f"convert: error: {error}", file=sys.stderr)
+        print(f"convert: error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"convert: interrupted; {options.target} was not written", file=sys.stderr)

@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from pixcell_min.base import (NANO, REPOSITORY, encoder_folder, find_base, read_vae_config,
-                              vae_weights)
+from pixcell_min.base import (NANO, REPOSITORY, encoder_folder, find_base, read_schedule,
+                              read_vae_config, vae_weights)
 from pixcell_min.checkpoint import BROKEN_PICKLE, read_json
-from pixcell_min.checks import OneLineParser
+from pixcell_min.checks import OneLineParser, one_line
+from pixcell_min.loading import build
 from pixcell_min.precision import DTYPES, choose_device, choose_dtype
 from pixcell_min.released import RELEASES, how_to_get
-from pixcell_min.schedulers import NoiseSchedule
 from pixcell_min.tools.download import RECORD, damaged
 from pixcell_min.transformer import WEIGHTS_NAME, PixCellTransformer, TransformerConfig
 from pixcell_min.uni import TileEncoder, read_encoder
@@ -89,12 +89,12 @@ def _state(check, folder):
     try:
         return {"state": "whole", "parameters": check(folder)}
     except ValueError as error:
-        return {"state": f"broken or missing: {error}", "parameters": 0}
+        return {"state": f"broken or missing: {one_line(error)}", "parameters": 0}
 
 
 def check_scheduler(base: Path) -> int:
     """The schedule can be built. Returns 0 parameters. Raises: ValueError."""
-    NoiseSchedule.from_config(read_json(base / "scheduler" / "scheduler_config.json"))
+    read_schedule(base)
     return 0
 
 
@@ -102,24 +102,21 @@ def check_transformer(base: Path) -> int:
     """Names and shapes in the file are those of its configuration. → parameters; ValueError."""
     path = base / "transformer" / "config.json"
     config = TransformerConfig.from_dict(read_json(path), path)
-    with torch.device("meta"):
-        model = PixCellTransformer(config)
+    model = build(lambda: PixCellTransformer(config), path)
     return compare(model, base / "transformer" / WEIGHTS_NAME)
 
 
 def check_vae(base: Path) -> int:
     """As `check_transformer`, of the VAE's configuration here and its weights wherever they lie."""
     config = read_vae_config(base)
-    with torch.device("meta"):
-        model = AutoencoderKL(config)
+    model = build(lambda: AutoencoderKL(config), base / "vae" / "config.json")
     return compare(model, vae_weights(base))
 
 
 def check_encoder(base: Path) -> int:
     """As `check_transformer`, of the tile encoder wherever it lies."""
     config, path = read_encoder(encoder_folder(base))
-    with torch.device("meta"):
-        model = TileEncoder(config.get("model_args")).vit
+    model = build(lambda: TileEncoder(config.get("model_args")).vit, path.with_name("config.json"))
     return compare(model, path)
 
 

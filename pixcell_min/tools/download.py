@@ -29,7 +29,7 @@ from huggingface_hub.utils.logging import set_verbosity_error
 
 from pixcell_min.base import REPOSITORY
 from pixcell_min.checkpoint import file_hash, read_json, write_text
-from pixcell_min.checks import OneLineParser
+from pixcell_min.checks import OneLineParser, one_line
 from pixcell_min.released import RELEASES, Release
 
 RECORD = "download.json"  # beside the files: repository, revision, size and hash of each
@@ -62,7 +62,7 @@ def main(argv=None) -> int:
             fetch(RELEASES[name], options.to / name)
             print(f"{name}: whole, in {options.to / name}")
     except (ValueError, OSError) as error:
-        print(f"download: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"download: error: {one_line(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("download: interrupted; the same command goes on", file=sys.stderr)

@@ -27,8 +27,8 @@ from tqdm import tqdm
 from pixcell_min.adapter import load_adapter
 from pixcell_min.base import features_hash, load_pixcell_base
 from pixcell_min.checkpoint import file_hash, read_json
-from pixcell_min.checks import (DEVICE, OneLineParser, integer, nonnegative_float, one_of,
-                                positive_int, words)
+from pixcell_min.checks import (DEVICE, OneLineParser, integer, nonnegative_float, one_line,
+                                one_of, positive_int, words)
 from pixcell_min.config import Config, read_yaml
 from pixcell_min.data import Tile, find_tiles, fit_tile, read_tile
 from pixcell_min.images import read_settings, save_png
@@ -86,7 +86,7 @@ def main(argv=None) -> int:
     try:
         result = evaluate(options)
     except (ValueError, OSError) as error:
-        print(f"evaluate: error: {error}", file=sys.stderr)
+        print(f"evaluate: error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("evaluate: interrupted; the images drawn so far are kept, the same command goes on",

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from pixcell_min import transformer, vae
 from pixcell_min.checkpoint import read_tensors, replace_file, write_text
-from pixcell_min.checks import OneLineParser, nonnegative_int, one_of
+from pixcell_min.checks import OneLineParser, nonnegative_int, one_line, one_of
 from pixcell_min.released import SCHEDULER
 from pixcell_min.transformer import PixCellTransformer, TransformerConfig
 from pixcell_min.uni import ARCHITECTURE, IMAGENET_MEAN, IMAGENET_STD, UNI2H_ARGS, TileEncoder
@@ -49,7 +49,7 @@ def main(argv=None) -> int:
         base = write_snapshot(args.out, args.model, TRANSFORMERS[args.model], VAEConfig(), None,
                               args.dtype, args.seed)
     except ValueError as error:
-        print(f"make_random_snapshot: error: {error}", file=sys.stderr)
+        print(f"make_random_snapshot: error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("make_random_snapshot: interrupted; finished files are kept, the same command writes "

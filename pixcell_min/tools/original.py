@@ -17,7 +17,7 @@ import torch
 
 from pixcell_min import transformer, vae
 from pixcell_min.checkpoint import BROKEN_PICKLE, load_strict, save_tensors, write_text
-from pixcell_min.checks import OneLineParser
+from pixcell_min.checks import OneLineParser, one_line
 from pixcell_min.exports import write_folder
 from pixcell_min.released import SCHEDULER
 
@@ -66,11 +66,15 @@ def rename(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     """Tensors of a .ckpt, memory-mapped, never code; flat, or under `state_dict`. Raises: ValueError."""
-    if not path.is_file() or not zipfile.is_zipfile(path):
-        raise ValueError(f"{path}: {'truncated or no' if path.is_file() else 'no such'} checkpoint "
-                         "file; expected one of torch.save")
+    if not path.is_file():
+        raise ValueError(f"{path}: no such checkpoint file; expected one of torch.save")
     try:
+        if not zipfile.is_zipfile(path):
+            raise zipfile.BadZipFile
         content = torch.load(path, mmap=True, map_location="cpu", weights_only=True)
+    except zipfile.BadZipFile:
+        raise ValueError(f"{path}: truncated or no checkpoint file; expected one of torch.save"
+                         ) from None
     except BROKEN_PICKLE:
         raise ValueError(f"{path}: refused, broken or more than tensors and numbers") from None
     if isinstance(content, dict) and "state_dict_ema" in content:
@@ -78,7 +82,8 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
               "taken", file=sys.stderr)
     content = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(content, dict) or not all(
-            isinstance(tensor, torch.Tensor) for tensor in content.values()):
+            isinstance(key, str) and isinstance(tensor, torch.Tensor)
+            for key, tensor in content.items()):
         raise ValueError(f"{path}: expected a dict of tensors, or one under 'state_dict'")
     return content
 
@@ -115,7 +120,7 @@ def main(argv=None) -> int:
     try:
         write_base(options.checkpoint, options.folder)
     except ValueError as error:
-        print(f"original: error: {error}", file=sys.stderr)
+        print(f"original: error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"original: interrupted; {options.folder} was not written", file=sys.stderr)

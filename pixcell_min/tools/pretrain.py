@@ -24,6 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from pixcell_min import checkpoint
+from pixcell_min.checks import one_line
 from pixcell_min.data import (find_tiles, fit_tile, image_to_tensor, read_tile,
                               tensor_to_image)
 from pixcell_min.embeddings import PatchEmbed, sincos_grid
@@ -564,7 +565,7 @@ def main(arguments=None):
         if args.stage in ("all", "joint"):
             train_transformer(args, args.work, tiles, latent_bank(args, args.work, tiles, vae))
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -1,0 +1,303 @@
+"""Damaged files of every kind that is read: success, or one line and exit code 2, nothing else."""
+
+import contextlib
+import io
+import json
+import random
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import sample
+import train
+from conftest import TINY_TRANSFORMER, write_base
+from fuzzing import (CASES, SLOW, Evil, World, altered, as_command, damage, odd_archive, odd_header,
+                     odd_objects, odd_tensors, run, torch_bytes)
+from pixcell_min.adapter import load_adapter
+from pixcell_min.base import load_pixcell_base
+from pixcell_min.checkpoint import STATE_FORMAT, content_hash, file_hash, write_text
+from pixcell_min.data import find_tiles, fit_tile, image_to_tensor, read_tile
+from pixcell_min.features import cached_images
+from pixcell_min.formats import read_lora
+from pixcell_min.images import save_png
+from pixcell_min.precomputed import find_precomputed, read_precomputed
+from pixcell_min.released import RELEASES
+from pixcell_min.tools import audit, convert, doctor, evaluate, original
+from test_original import backwards
+
+TIMES = [1, pytest.param(SLOW, marks=pytest.mark.slow)]
+
+
+def write_original(path):
+    original.write_base(path, "new", original.transformer.TransformerConfig.from_dict(
+        TINY_TRANSFORMER))
+
+
+def use_tile(path):
+    image = read_tile(path)
+    for how in ("resize", "pad"):
+        assert fit_tile(image, 64, how).size == (64, 64)
+
+
+def stub_features():
+    """Features of the tiles by a stub instead of networks; the cache is `stub-cache`."""
+    def encode(images):
+        pixels = torch.stack([image_to_tensor(image) for image in images])
+        small = torch.nn.functional.avg_pool2d(pixels, 16)
+        return small, small.abs(), small.flatten(1)[:, None]
+
+    return cached_images("stub-cache", find_tiles("tiles"), encode, base_hash="stub", size=64,
+                         how="resize", dihedral=False, strict=True, report=print)
+
+
+def use_arrays():
+    return list(read_precomputed(find_precomputed("arrays"), (16, 8, 8), (1, 16), 1.5, 0.1, True, print))
+
+
+def use_cache(expected):
+    """Whatever a cache holds, features are those that were encoded."""
+    got = stub_features()
+    every = torch.arange(len(got.mean))
+    assert all(torch.equal(getattr(got, name)[every], tensor) for name, tensor in expected.items())
+
+
+def diagnose(arguments):
+    """The doctor, for whom a base that cannot be run is no error."""
+    code = doctor.main(arguments)
+    return 0 if code == 1 else code
+
+
+SAMPLE = ["--image", "tiles/TUM/1.png", "--steps", "1", "--out", "new", "--mixed-precision", "no"]
+DRAW = (sample.main, [*SAMPLE, "--base", "base"])
+DIAGNOSE = (diagnose, ["--base", "base", "--hash"])
+DRAW_OF_RUN = (sample.main, [*SAMPLE, "--run", "run"])
+AUDIT = (audit.main, ["--run", "run"])
+RESUME = (train.main, ["--resume", "--out", "run", "--cache", "cache", "--data", "tiles", "--base", "base"])
+PREVIEW = (train.main, ["--config", "config.yaml", "--dry-run", "--data", "tiles", "--base", "base"])
+EVALUATE = (evaluate.main, ["--data", "tiles", "--run", "run", "--out", "new", "--steps", "1",
+                            "--arms", "base", "--count", "1"])
+CHECK_DRAWN = (as_command(lambda: evaluate.check_folder(Path("drawn"), [], lambda arm: {})), [])
+
+
+def to_native(source, *more):
+    return convert.main, [source, "new.safetensors", "--format", "native", *more]
+
+
+def combined(source):
+    return sample.main, [*SAMPLE, "--base", "base", "--lora", f"{source}:0.5", "--lora", "lora/native.safetensors"]
+
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+# (file, (command, arguments) that reads it)
+READERS = [
+    *((f"base/{name}", command) for command in (DRAW, DIAGNOSE) for name in (
+        f"transformer/{WEIGHTS}", "transformer/config.json", "scheduler/scheduler_config.json",
+        "vae/config.json", f"vae/{WEIGHTS}", "uni/config.json", "uni/pytorch_model.bin")),
+    ("pixcell-256/download.json", DIAGNOSE),
+    ("base/LICENSE", (audit.main, ["--base", "base"])),
+    ("base/README.md", (audit.main, ["--base", "base"])),
+    ("lora/native.safetensors", (convert.main, ["lora/native.safetensors", "new", "--format", "peft"])),
+    ("lora/diffusers.safetensors", to_native("lora/diffusers.safetensors")),
+    ("lora/diffusers.safetensors", combined("lora/diffusers.safetensors")),
+    ("lora/kohya.safetensors", to_native("lora/kohya.safetensors", "--base", "base")),
+    ("lora/peft/adapter_model.safetensors", to_native("lora/peft")),
+    ("lora/peft/adapter_config.json", to_native("lora/peft")),
+    ("lora/peft/adapter_config.json", combined("lora/peft")),
+    ("lora/authors.pth", to_native("lora/authors.pth", "--base", "base")),
+    ("lora/authors.pth", combined("lora/authors.pth")),
+    ("adapter.pth", (as_command(load_adapter), ["adapter.pth"])),
+    ("adapter.pth", (sample.main, [*SAMPLE, "--base", "base", "--adapter", "adapter.pth"])),
+    ("original.ckpt", (as_command(write_original), ["original.ckpt"])),
+    *((f"run/{name}", command) for command in (DRAW_OF_RUN, AUDIT) for name in (
+        "adapter.safetensors", "lora_weights.safetensors", "config.yaml")),
+    *((f"run/{name}", RESUME) for name in (
+        "config.yaml", "run.json", "metrics.jsonl", "states/step-00000002.pt")),
+    ("run/tiles.json", AUDIT), ("run/run.json", AUDIT), ("run/tiles.json", EVALUATE),
+    ("run/states/step-00000002.pt", AUDIT),
+    ("drawn/base.png", CHECK_DRAWN),
+    ("tiles/TUM/1.png", DRAW),
+]
+
+
+def make_world(root):
+    """Base, tiles, a run of two steps, its LoRA in all formats, the authors' files: all sound."""
+    base = write_base(root / "base")
+    torch.save(safetensors.torch.load_file(base / "uni" / "model.safetensors"),
+               base / "uni" / "pytorch_model.bin")
+    (base / "uni" / "model.safetensors").unlink()
+    (base / "LICENSE").write_text("MIT\n")
+    (base / "README.md").write_text("---\nlicense: mit\n---\n# base\n")
+    generator = np.random.default_rng(0)
+    for label in ("STR", "TUM"):
+        (root / "tiles" / label).mkdir(parents=True)
+        for i in range(2):
+            Image.fromarray(generator.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(
+                root / "tiles" / label / f"{i}.png")
+    commands = [
+        (train.main, ["--base", "base", "--data", "tiles", "--out", "run", "--cache", "cache",
+                      "--rank", "2", "--max-train-steps", "2", "--batch-size", "1",
+                      "--gradient-accumulation-steps", "1", "--mixed-precision", "no",
+                      "--sample-count", "0", "--learning-rate", "0.01", "--no-dihedral"]),
+        *((convert.main, ["run/lora_weights.safetensors", f"lora/{name}", "--format", form])
+          for name, form in (("native.safetensors", "native"), ("peft", "peft"),
+                             ("diffusers.safetensors", "diffusers"), ("kohya.safetensors", "kohya")))]
+    for command, arguments in commands:
+        code, lines = run(command, arguments, root)
+        assert code == 0, lines
+    (root / "run" / "states" / "step-00000000.pt").unlink()  # nothing to fall back on
+    weights = load_pixcell_base(base, "cpu", "no").transformer.state_dict()
+    lora = read_lora(root / "lora" / "native.safetensors")
+    wrapped = {f"{layer}.{leaf}": f"{layer}.base_layer.{leaf}"
+               for layer in lora.layers for leaf in ("weight", "bias")}
+    torch.save({**{wrapped.get(key, key): value for key, value in weights.items()},
+                **{key.replace(".weight", ".default.weight"): value
+                   for key, value in lora.state.items()}}, root / "lora" / "authors.pth")
+    torch.save(safetensors.torch.load_file(root / "run" / "adapter.safetensors"),
+               root / "adapter.pth")
+    torch.save(backwards(weights), root / "original.ckpt")
+    save_png(root / "drawn" / "base.png", Image.new("RGB", (8, 8)), {"arm": "base", "seed": 1})
+    (root / "arrays").mkdir()
+    np.save(root / "arrays" / "a_sd3_vae.npy", generator.random((32, 8, 8)).astype(np.float16))
+    np.save(root / "arrays" / "a_uni.npy", generator.random((1, 16)).astype(np.float16))
+    files = RELEASES["pixcell-256"].files
+    for file in files:
+        write_text(root / "pixcell-256" / file, file)
+    write_text(root / "pixcell-256" / "download.json", json.dumps({"files": {file: {
+        "size": len(file), "hash": file_hash(root / "pixcell-256" / file)} for file in files}}))
+    with contextlib.chdir(root):
+        stub_features()
+    return root
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return World(make_world(tmp_path_factory.mktemp("world")))
+
+
+def test_the_sound_world_is_accepted(world):
+    for name, (command, arguments) in READERS:
+        content = world.sound[world.root / name]
+        assert world.judge({name: content}, command, arguments), (name, arguments)
+
+
+# ---------------------------------------------------------------- seeded damage
+
+
+def odd_safetensors(content, random):
+    if random.random() < 0.5:
+        return odd_header(content, random)
+    size = int.from_bytes(content[:8], "little")
+    metadata = json.loads(content[8:8 + size]).get("__metadata__")
+    return safetensors.torch.save(odd_tensors(safetensors.torch.load(content), random), metadata)
+
+
+def odd_pickle(content, random):
+    fault = random.randrange(3)
+    if fault == 0:
+        return odd_archive(content, random)
+    sound = torch.load(io.BytesIO(content), weights_only=True)
+    odd = random.choice(odd_objects(sound)) if fault == 1 or not all(
+        isinstance(value, torch.Tensor) for value in sound.values()) else odd_tensors(sound, random)
+    return torch_bytes(odd, legacy=random.random() < 0.2)
+
+
+def odd_array(content, random):
+    """A .npy file of another shape, order, dtype, version, or with objects in it."""
+    array = np.load(io.BytesIO(content))
+    with np.errstate(all="ignore"):
+        array = random.choice((
+            array.astype(object), array.astype(random.choice(("f8", "i4", "?", ">f2", "c8", "U3"))),
+            np.asfortranarray(array), array[..., None], array[:0], array.ravel(), array.T, array[0, 0],
+            array * np.nan, array * np.float16(1e5), -abs(array) - 1, array[:, ::2],
+            np.zeros(3, [("a", "f4")]), np.array(Evil()), np.array([Evil()] * 3)))
+    file = io.BytesIO()
+    np.lib.format.write_array(file, array, random.choice(((1, 0), (2, 0), (3, 0))))
+    return file.getvalue() if random.random() < 0.8 else damage(file.getvalue(), random)
+
+
+def encoded_images():
+    """Tiles in the formats and modes that are read, and some that are not."""
+    generator = np.random.default_rng(0)
+    colour = Image.fromarray(generator.integers(0, 256, (40, 48, 3), np.uint8))
+    deep = Image.fromarray(generator.integers(0, 2**16, (40, 48), np.uint16))
+    animation = {"save_all": True, "append_images": [colour.rotate(90), colour.rotate(180)]}
+    images = [(colour, "PNG", {}), (colour, "JPEG", {}), (colour, "TIFF", {}), (colour, "BMP", {}),
+              (colour, "WEBP", {}), (colour.convert("CMYK"), "JPEG", {}), (deep, "PNG", {}),
+              (colour.convert("CMYK"), "TIFF", {"compression": "tiff_lzw"}), (deep, "TIFF", {}),
+              (colour.convert("P"), "PNG", {"transparency": 3}), (colour.convert("LA"), "PNG", {}),
+              (colour.convert("RGBA"), "WEBP", {"lossless": True}), (colour.convert("1"), "TIFF", {
+                  "compression": "group4"}), (colour, "TIFF", {"compression": "jpeg"}),
+              (colour, "TIFF", {"compression": "tiff_adobe_deflate", **animation}),
+              (colour, "PNG", animation), (colour.convert("P"), "GIF", animation),
+              (colour.resize((1, 1)), "PNG", {}), (colour.resize((1, 3000)), "TIFF", {}),
+              (colour.resize((3000, 1)), "JPEG", {"progressive": True}),
+              (colour.convert("F"), "TIFF", {}), (colour.convert("I"), "TIFF", {}),
+              (colour, "JPEG", {"exif": exif(), "icc_profile": b"no profile"}),
+              (colour, "JPEG2000", {}), (colour, "ICO", {}), (colour, "PPM", {})]
+    for image, form, options in images:
+        file = io.BytesIO()
+        image.save(file, form, **options)
+        yield file.getvalue()
+
+
+def exif():
+    data = Image.Exif()
+    data[0x0112], data[0x9286] = 6, "x" * 100
+    return data
+
+
+def cases(kind, world):
+    """[(name, case(seed))] of a kind of damage."""
+    def of_files(endings, damage):
+        return [(f"{name}, {reader[1]}", partial(case, damage, name, world.sound[world.root / name], reader))
+                for name, reader in READERS if name.endswith(endings)]
+
+    def case(damage, name, content, reader, seed):
+        return world.judge(
+            {name: damage(content, random.Random(f"{name} {reader[1]} {seed}"))}, *reader)
+
+    def of_cache(damage, name, content, expected, seed):
+        assert case(damage, name, content, (as_command(use_cache), [expected]), seed)
+
+    if kind == "bytes":
+        return of_files("", damage)
+    if kind == "safetensors":
+        return of_files(".safetensors", odd_safetensors)
+    if kind == "pickles":
+        return of_files((".pth", ".bin", ".ckpt", ".pt"), odd_pickle)
+    if kind == "images":
+        return [(f"image {i}", partial(case, damage, "tile.png", content, (as_command(use_tile), ["tile.png"])))
+                for i, content in enumerate(encoded_images())]
+    if kind == "arrays":
+        reader = as_command(use_arrays), []
+        return [(f"{name} {how.__name__}", partial(case, how, name, world.sound[world.root / name], reader))
+                for how in (damage, odd_array) for name in ("arrays/a_uni.npy", "arrays/a_sd3_vae.npy")]
+    if kind == "feature caches":
+        with contextlib.chdir(world.root):
+            sound = stub_features()
+            every = torch.arange(len(sound.mean))
+            expected = {name: getattr(sound, name)[every] for name in ("mean", "std", "embeddings")}
+            shard, = Path("stub-cache").rglob("shard-*")
+            return [(f"{file} {how.__name__}", partial(of_cache, how, str(file), world.sound[world.root / file], expected))
+                    for how, file in ((damage, shard), (odd_safetensors, shard), (damage, shard.with_name("settings.json")))]
+
+
+@pytest.mark.parametrize("times", TIMES)
+@pytest.mark.parametrize("kind", ["bytes", "safetensors", "pickles", "images", "arrays", "feature caches"])
+def test_damaged_files(world, kind, times):
+    its, first = cases(kind, world), 0 if times == 1 else CASES[kind]
+    for seed in range(first, CASES[kind] * times):
+        name, case = its[seed % len(its)]
+        try:
+            case(seed)
+        except BaseException as error:
+            error.add_note(f"case {seed} of {name}")
+            raise
