@@ -231,7 +231,10 @@ def load_state(run: Path, identity: dict, state: TrainingState, report) -> None:
 
 
 def resume_run(run: Path, session: dict, settings: str, state: TrainingState, report) -> None:
-    """Note the session and the settings of a run that goes on; `report(line)` other versions."""
+    """Note the session and the settings of a run that goes on; `report(line)` other versions.
+
+    Raises: ValueError if the run's record is not what `train.py` writes.
+    """
     sessions = checkpoint.read_json(run / RECORD).get("sessions")
     if not isinstance(sessions, list) or not sessions or not all(
             isinstance(its, dict) and isinstance(its.get("versions"), dict)

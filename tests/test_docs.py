@@ -143,6 +143,15 @@ def test_the_file_guide_has_a_row_for_each_file_and_no_other():
     assert [row for row in rows if not (ROOT / row).exists()] == []
 
 
+def test_the_file_guide_names_every_script_and_helper_beside_the_package():
+    table = (ROOT / "README.md").read_text().partition("\n## Files\n")[2].partition("\n## ")[0]
+    named = set(re.findall(r"\w+\.py", table))
+    beside = [path.name for folder in ("tests", "benchmarks", "docs")
+              for path in (ROOT / folder).glob("*.py")]
+    assert {name for name in beside if not re.match(r"test_|conftest", name)} <= named
+    assert [name for name in named if not [*ROOT.rglob(name)]] == []
+
+
 # ---------------------------------------------------------------- commands
 
 
