@@ -5,11 +5,11 @@
     python tests/mutation.py --sample 20 --seed 1   some of each module, beside the file; no writing
 
 A mutant is a module with one change: another operator or constant, a condition turned round, a
-statement, argument, decorator, context or slice end left out, a result None. Docstrings, annotations
-and what a `raise` says stay. It runs in a fork of this process, which has loaded torch and the
-references and nothing of ours, against those of its module's tests that pass the changed statement,
-quickest first, up to BUDGET; a failed test, an error at import or a time-out kills it. Processes that
-a test starts see the unchanged file.
+statement, argument, decorator, context or slice end left out, a result None. Docstrings,
+annotations and what a `raise` says stay. It runs in a fork of this process, which has loaded torch
+and the references and nothing of ours, against those of its module's tests that pass the changed
+statement, quickest first, up to BUDGET; a failed test, an error at import or a time-out kills it.
+Processes that a test starts see the unchanged file.
 """
 
 import argparse
@@ -77,6 +77,11 @@ def parse(source) -> ast.Module:
             if isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant):
                 node.body[i] = ast.copy_location(ast.Pass(), child)
     return tree
+
+
+def tree_of(name) -> ast.Module:
+    """The tree of a module of the core."""
+    return parse((ROOT / "pixcell_min" / f"{name}.py").read_text(encoding="utf-8"))
 
 
 def but(node, **fields):
@@ -170,7 +175,8 @@ def _mutants(place, statement, unit, path, lines):
     whole = unparsed(statement)
     for other in alternatives(node):
         holder[key] = ast.fix_missing_locations(other)
-        yield Mutant(unit, lines, f"{'.'.join(path) or unit}: {difference(whole, unparsed(statement))}")
+        change = difference(whole, unparsed(statement))
+        yield Mutant(unit, lines, f"{'.'.join(path) or unit}: {change}")
         holder[key] = node
     if isinstance(node, ast.Raise):
         return
@@ -196,8 +202,8 @@ def difference(before, after, around=24):
     start = len(os.path.commonprefix([before, after]))
     end = min(len(os.path.commonprefix([before[::-1], after[::-1]])),
               min(len(before), len(after)) - start)
-    parts = (text[max(start - around, 0):len(text) - max(end - around, 0)] for text in (before, after))
-    return " → ".join(f"`{part}`" for part in parts)
+    return " → ".join(f"`{text[max(start - around, 0):len(text) - max(end - around, 0)]}`"
+                      for text in (before, after))
 
 
 def digests(tree) -> dict[str, str]:
@@ -223,7 +229,7 @@ class Chosen:
 
 
 class Traced:
-    """Notes of each test its seconds and the lines of `file` that it passes, and whether it failed."""
+    """Notes each test's seconds and the lines of `file` that it passes, and which ones failed."""
 
     def __init__(self, file):
         self.file, self.tests, self.failed = str(file), {}, []
@@ -279,7 +285,10 @@ def run_tests(files, plugin, root=ROOT) -> int:
 
 
 def clean_run(path, files, root=ROOT) -> dict[str, tuple[float, list[int]]]:
-    """{test: (seconds, lines of the module at `path` that it passes)}. Raises: SystemExit if one fails."""
+    """{test: (seconds, lines of the module at `path` that it passes)}.
+
+    Loads what the tests loaded, but for our own modules. Raises: SystemExit if a test fails.
+    """
     with tempfile.NamedTemporaryFile("w+") as note:
         def work():
             plugin = Traced(path)
@@ -311,7 +320,7 @@ def passing(mutant, clean) -> list[str]:
 
 
 def is_killed(tree, path, module, tests, clean, root=ROOT) -> bool:
-    """Whether one of the tests fails, cannot be collected or hangs with `tree` as the module."""
+    """Whether one of the tests fails, cannot be collected or hangs with `tree` as `module`."""
     def work():
         original = SourceFileLoader.get_code
         SourceFileLoader.get_code = lambda self, name: (
@@ -336,8 +345,7 @@ def check(name, record, survivors=False, sample=None):
     A verdict is k (killed) or s; `survivors` tries those with s again. sample: numbers of the
     mutants to try, whatever is known.
     """
-    path = ROOT / "pixcell_min" / f"{name}.py"
-    tree = parse(path.read_text(encoding="utf-8"))
+    path, tree = ROOT / "pixcell_min" / f"{name}.py", tree_of(name)
     hashes, at, clean = digests(tree), {}, None
     known = {unit: its for unit, its in record.items() if its["digest"] == hashes.get(unit)}
     record.clear()  # filled anew in the order of the text
@@ -354,8 +362,8 @@ def check(name, record, survivors=False, sample=None):
         clean = clean or clean_run(path, [f"tests/test_{file}.py" for file in TESTS[name].split()])
         tests, start = passing(mutant, clean), time.perf_counter()
         killed = is_killed(tree, path, f"pixcell_min.{name}", tests, clean)
-        print(f"{name} {number} {'killed' if killed else 'SURVIVES'} {time.perf_counter() - start:.1f} s "
-              f"{len(tests)} tests  {mutant.change}", flush=True)
+        print(f"{name} {number} {'killed' if killed else 'SURVIVES'}, {len(tests)} tests, "
+              f"{time.perf_counter() - start:.1f} s, {mutant.change}", flush=True)
         its["verdicts"] = verdicts[:i] + "sk"[killed] + verdicts[i + 1:]
         its["survivors"].pop(str(i), None)
         if not killed:
@@ -374,10 +382,11 @@ def markdown(results) -> str:
     rows = [f"| `{name}.py` | {killed} | {count} | {100 * killed / count:.1f} |"
             for name, (killed, count) in table(results).items()]
     lists = []
-    for name, units in results["modules"].items():
-        lists += [f"\n## {name}.py\n", *(f"- {change}" for unit in units.values()
-                                         for _, change in sorted(
-                                             unit["survivors"].items(), key=lambda its: int(its[0])))]
+    for name, record in results["modules"].items():
+        lists.append(f"\n## {name}.py\n")
+        for unit in record.values():
+            alive = unit["survivors"]
+            lists += [f"- {alive[number]}" for number in sorted(alive, key=int)]
     return "\n".join([
         "# Mutants of the core", "",
         "Written by `python tests/mutation.py`, which says what a mutant is and how it is tried. "
@@ -390,7 +399,7 @@ def stale(results) -> list[str]:
     """The units of the record that are not those of today's text: another text, gone or new."""
     found = []
     for name in TESTS:
-        tree = parse((ROOT / "pixcell_min" / f"{name}.py").read_text(encoding="utf-8"))
+        tree = tree_of(name)
         known = {unit: its["digest"] for unit, its in results["modules"].get(name, {}).items()}
         found += [f"{name}.{unit}" for unit, _ in sorted(known.items() ^ digests(tree).items())]
     return sorted(set(found))
@@ -398,8 +407,8 @@ def stale(results) -> list[str]:
 
 def write(results) -> None:
     results |= {"date": time.strftime("%Y-%m-%d"),
-                "versions": ", ".join(f"{name} {version(name)}" for name in (
-                    "torch", "pytest", "diffusers", "peft")) + f", Python {platform.python_version()}"}
+                "versions": ", ".join([f"Python {platform.python_version()}", *(
+                    f"{name} {version(name)}" for name in ("torch", "diffusers", "peft"))])}
     for path, text in ((RESULTS, json.dumps(results, indent=1, ensure_ascii=False) + "\n"),
                        (MARKDOWN, markdown(results))):
         draft = path.with_suffix(".draft")
@@ -421,7 +430,7 @@ def main(argv=None) -> int:
     for name in args.modules or TESTS:
         record = results["modules"].setdefault(name, {})
         if args.sample:
-            count = sum(1 for _ in mutants(parse((ROOT / "pixcell_min" / f"{name}.py").read_text())))
+            count = sum(1 for _ in mutants(tree_of(name)))
             sample = random.Random(args.seed).sample(range(count), min(args.sample, count))
             tried = list(check(name, copy.deepcopy(record), sample=set(sample)))
             lost += sum(before == "k" and not killed for _, killed, before in tried)
