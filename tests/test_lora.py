@@ -14,7 +14,7 @@ from pixcell_min.checkpoint import read_tensors
 from pixcell_min.formats import load_lora
 from pixcell_min.lora import (
     DEFAULT_TARGETS, PEFT_PREFIX, LoRALinear, count_parameters, disable_lora, enable_lora, inject_lora,
-    load_lora_state_dict, lora_disabled, lora_layers, lora_parameters, lora_state_dict, merge_lora,
+    install_lora, load_lora_state_dict, lora_disabled, lora_layers, lora_parameters, lora_state_dict, merge_lora,
     remove_lora, save_lora, set_lora_scale, unmerge_lora,
 )
 
@@ -662,6 +662,21 @@ def test_wrong_file_is_refused_and_the_network_untouched(case, tmp_path):
     net, _ = make()
     path = write_spoiled(net, tmp_path, spoil)
     refuse(path, words)
+
+
+def test_install_wraps_what_fits_whole_and_nothing_else():
+    net, x = make()
+    state, plain = lora_state_dict(net), copy.deepcopy(net)
+    remove_lora(plain)
+    layers = {name: dict(rank=4, alpha=8, dropout=0.0, use_rslora=False) for name in names()}
+    less = {key: tensor for key, tensor in state.items() if key != KEY_A}
+    with pytest.raises(ValueError, match=f"^LoRA: missing LoRA key '{KEY_A}'"):
+        install_lora(plain, layers, less)
+    assert not lora_layers(plain)
+    install_lora(plain, layers, state)
+    assert torch.equal(plain(*x), net(*x))
+    with pytest.raises(ValueError, match=f"^LoRA state: missing LoRA key '{KEY_A}'"):
+        load_lora_state_dict(plain, less)
 
 
 def write_spoiled(net, folder, spoil, header=None):
