@@ -68,7 +68,10 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """W ← W + s·B·A, summed in float32, cast once; the old W is kept: twice the memory."""
+        """W ← W + s·B·A, summed in float32, cast once; the old W is kept: twice the memory.
+
+        Raises: ValueError if merged or disabled.
+        """
         if self.merged or not self.enabled:
             raise ValueError("LoRA is merged or disabled: call unmerge_lora or enable_lora first")
         weight = self.base.weight

@@ -54,7 +54,7 @@ def draw_grid(path, pipeline, adapter, features, tiles, guidance_scale, seed, ti
 
 
 def draw_curve(run: Path) -> None:
-    """loss.png: every step's loss, its running mean over a tenth of them, validation losses."""
+    """Draw loss.png: every step's loss, its running mean over a tenth of them, validation losses."""
     lines = read_log(run)
     losses = [(line["step"], line["loss"]) for line in lines
               if line.get("loss") is not None and not line["skipped"]]

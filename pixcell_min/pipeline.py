@@ -186,7 +186,10 @@ class PixCellPipeline:
 
     @torch.no_grad()
     def decode(self, latents) -> Image.Image:
-        """Latents (1, C, H, W) → one PIL image; in bfloat16 if the pipeline is, else in float32."""
+        """Latents (1, C, H, W) → one PIL image; in bfloat16 if the pipeline is, else in float32.
+
+        Raises: ValueError if a pixel is not finite.
+        """
         weight = self.vae.decoder.conv_in.weight
         large = max(latents.shape[2:]) > TILED_DECODE_ABOVE
         with autocast(self.device, self.decoding_dtype):

@@ -240,7 +240,10 @@ def read_sessions(run: Path) -> list[dict]:
 
 
 def resume_run(run: Path, session: dict, settings: str, state: TrainingState, report) -> None:
-    """Note the session and the settings of a run that goes on; `report(line)` other versions."""
+    """Note the session and the settings of a run that goes on; `report(line)` other versions.
+
+    Raises: ValueError if the run's record is not what `train.py` writes.
+    """
     sessions = read_sessions(run)
     then, now = ({**its["versions"], "pixcell_min's code": str(its["hashes"].get("code"))[:8],
                   "threads": its.get("threads"), "processes": its.get("processes", 1)}

@@ -133,7 +133,7 @@ class NoiseSchedule:
         if self.prediction_type == "sample":
             return output, (x - alpha * output) / sigma
         x0 = alpha / scale**2 * x - sigma / scale * output
-        return x0, alpha / scale * output + sigma / scale**2 * x
+        return x0, alpha * output + sigma * x  # of scale 1: `step` takes VE's from x0
 
     def _levels(self, like: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """√ᾱ and √(1−ᾱ) of timesteps (B,), each (B, 1, ...) to multiply `like` (B, ...)."""

@@ -130,6 +130,15 @@ def test_first_gradients_reach_the_last_layer_and_training_works():
     assert losses[-1] < 0.1 * losses[0]
 
 
+def test_parameters_are_float32_whatever_the_default_is():
+    torch.set_default_dtype(torch.float64)
+    try:
+        adapter = EmbeddingAdapter(8)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {p.dtype for p in adapter.parameters()} == {torch.float32}
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_input_and_autocast(dtype):
     adapter, x = trained(), embeddings(5)

@@ -1,6 +1,7 @@
 """The promised layout: who imports whom, how long things are, that public things are explained."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +77,14 @@ def test_models_and_schedules_are_arguments(name):
     assert not ours(PACKAGE / f"{name}.py") & models
 
 
+def test_no_module_imports_itself_by_a_detour():
+    known = {f"pixcell_min.{path.stem}": ours(path) for path in CORE if path.name != "__init__.py"}
+    while ready := [name for name, its in known.items() if not its & known.keys()]:
+        for name in ready:
+            del known[name]
+    assert not known  # what is left imports in a circle
+
+
 def test_the_core_imports_no_tool_and_no_script():
     for path in CORE:
         assert not any(name.startswith("pixcell_min.tools") for name in ours(path)), path.name
@@ -106,6 +115,54 @@ def test_public_things_say_what_they_are(path):
     tree = ast.parse(path.read_text())
     assert ast.get_docstring(tree), path
     assert [node.name for node in public(tree) if not ast.get_docstring(node)] == []
+
+
+def statements(node):
+    """The nodes of a function's own body, not of functions within it."""
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, (ast.FunctionDef, ast.ClassDef, ast.Lambda)):
+            yield child
+            yield from statements(child)
+
+
+def faults(node):
+    """What is wrong with the form of a public thing's docstring."""
+    text = ast.get_docstring(node)
+    first = " ".join(text.partition("\n\n")[0].split())
+    if not re.search(r"[.:;]$", first):
+        yield "its first paragraph is no sentence"
+    # A capital, or a formula: what comes out, or what goes in and comes out, with their shapes.
+    if first[0].islower() and not re.search(r"[→=·+|]", first):
+        yield "it begins with a small letter and is no formula"
+    if isinstance(node, ast.FunctionDef):
+        raises = any(isinstance(n, ast.Raise) and n.exc and "ValueError(" in ast.unparse(n.exc)
+                     for n in statements(node))
+        if raises and not re.search(r"\bRaises: \w", text):
+            yield "it raises ValueError and does not say so"
+        typed = [a.annotation for a in node.args.args + node.args.kwonlyargs] + [node.returns]
+        if any("Tensor" in (its := ast.unparse(t)) and "dict" not in its for t in typed if t) and (
+                not re.search(r"\(.*[,…].*\)|\bshape", text)):
+            yield "it names no shape of its tensors"
+
+
+@pytest.mark.parametrize("path", CORE + SCRIPTS, ids=lambda path: path.name)
+def test_docstrings_have_their_form(path):
+    """A sentence or a formula; the errors that are raised; tensors' shapes where they are typed."""
+    assert [(node.name, fault) for node in public(ast.parse(path.read_text()))
+            for fault in faults(node)] == []
+
+
+@pytest.mark.parametrize("text, fault", [
+    ("The sum of x", "no sentence"), ("the sum of x.", "small letter"),
+    ("The sum. No errors.", "ValueError"), ("The sum. Raises: ValueError.", "no shape"),
+    ("x (B, C) → its sum (B,). Raises: ValueError without any.", None)])
+def test_a_docstring_out_of_form_is_seen(text, fault):
+    node, = ast.parse(f'''def f(x: Tensor):
+    """{text}"""
+    if not len(x):
+        raise ValueError("none")''').body
+    found = [*faults(node)]
+    assert any(fault in one for one in found) if fault else found == []
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.name)

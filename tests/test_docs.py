@@ -4,6 +4,7 @@ import argparse
 import importlib
 import importlib.util
 import json
+import math
 import re
 import shlex
 import textwrap
@@ -24,8 +25,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "test
          ROOT / "weights" / "README.md", ROOT / "weights" / "pixcell-nano" / "README.md"]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
-# torchrun's, and that of the script to which `parity` hands its flags on.
-OTHERS_FLAGS = {"--nproc-per-node", "--write"}
+# torchrun's, that of the script to which `parity` hands its flags on, and pytest's.
+OTHERS_FLAGS = {"--nproc-per-node", "--write", "--cov"}
 # Command lines that are no program of ours: the environment and the tests.
 NOT_OURS = re.compile(r"python3 -m venv|\. \.venv/|pip install|pytest")
 PROGRAMS = ["train", "sample", *(f"pixcell_min.tools.{name}" for name in (
@@ -141,6 +142,15 @@ def test_the_file_guide_has_a_row_for_each_file_and_no_other():
              if path.name != "__init__.py"}
     assert not files - rows
     assert [row for row in rows if not (ROOT / row).exists()] == []
+
+
+def test_the_file_guide_names_every_script_and_helper_beside_the_package():
+    table = (ROOT / "README.md").read_text().partition("\n## Files\n")[2].partition("\n## ")[0]
+    named = set(re.findall(r"\w+\.py", table))
+    beside = [path.name for folder in ("tests", "benchmarks", "docs")
+              for path in (ROOT / folder).glob("*.py")]
+    assert {name for name in beside if not re.match(r"test_|conftest", name)} <= named
+    assert [name for name in named if not [*ROOT.rglob(name)]] == []
 
 
 # ---------------------------------------------------------------- commands
@@ -279,6 +289,18 @@ def test_the_readmes_tables_of_adaptation_are_those_of_the_results():
             if line.count("|") == 9 and line.split("|")[1].strip() in LABELS]
     assert len(rows) == 15
     assert [line for line in rows if line not in made] == []
+
+
+def test_the_readmes_figures_of_mutants_are_those_of_the_report():
+    modules = json.loads((ROOT / "tests" / "mutants.json").read_text(encoding="utf-8"))["modules"]
+    counts = {name: "".join(unit["verdicts"] for unit in units.values())
+              for name, units in modules.items()}
+    every = "".join(counts.values())
+    least = min(its.count("k") / len(its) for its in counts.values())
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"{len(every):,} changes in all" in text
+    assert (f"{100 * every.count('k') / len(every):.1f} % of them fail, in no module fewer than "
+            f"{math.floor(100 * least)} %") in text
 
 
 def test_the_readmes_figures_in_words_are_those_of_the_results():

@@ -14,7 +14,7 @@ from pixcell_min.checkpoint import read_tensors
 from pixcell_min.formats import load_lora
 from pixcell_min.lora import (
     DEFAULT_TARGETS, PEFT_PREFIX, LoRALinear, count_parameters, disable_lora, enable_lora, fold_lora, inject_lora,
-    load_lora_state_dict, lora_disabled, lora_layers, lora_parameters, lora_state_dict, merge_lora,
+    install_lora, load_lora_state_dict, lora_disabled, lora_layers, lora_parameters, lora_state_dict, merge_lora,
     remove_lora, save_lora, set_lora_scale, unmerge_lora,
 )
 
@@ -200,6 +200,19 @@ def test_start_depends_on_the_generator_alone(init):
     base = nn.Linear(8, 8)
     assert torch.equal(draw(0, 5), draw(1, 5))
     assert not torch.equal(draw(0, 5), draw(0, 6))
+    start = draw(0, 5)
+    with torch.device("meta"):  # nor does it depend on what the caller makes elsewhere
+        assert torch.equal(LoRALinear(base, 4, 4, init=init, generator=generator(5)).lora_A, start)
+
+
+def test_parameters_are_float32_whatever_the_default_is():
+    torch.set_default_dtype(torch.float64)
+    try:
+        layer = LoRALinear(nn.Linear(8, 8), 4, 4)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert layer.base.weight.dtype == torch.float64
+    assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32
 
 
 # the equation
@@ -445,6 +458,13 @@ def test_merged_refuses_what_would_be_wrong():
             call(net)
         assert_bits(net, merged)
     net(*x)  # in eval mode it may sample
+    for layer in list(lora_layers(net).values())[1:]:
+        layer.unmerge()  # one merged layer is enough
+    for call, purpose in ((lambda n: set_lora_scale(n, 2.0), "changing its scale"),
+                          (enable_lora, "switching it"),
+                          (lambda n: load_lora_state_dict(n, state), "loading weights")):
+        with pytest.raises(ValueError, match=rf"call unmerge_lora\(model\) before {purpose}"):
+            call(net)
     net.train()
     with pytest.raises(ValueError, match="cannot train"):
         net(*x)
@@ -570,6 +590,16 @@ def test_refusals_leave_no_trace(options, words):
     assert all(p.requires_grad for p in net.parameters())
 
 
+@pytest.mark.parametrize("rank", [0, -1, 2.0, True, "2"])
+def test_a_layer_refuses_a_rank_that_is_no_count_and_takes_any_other(rank):
+    with pytest.raises(ValueError, match=f"Linear: LoRA rank must be an integer from 1, got {rank!r}"):
+        LoRALinear(nn.Linear(4, 4), rank, 1)
+    assert LoRALinear(nn.Linear(4, 4), 5, 1).rank == 5  # as files of peft may hold
+    net = Net()
+    inject_lora(net, 8, 8, targets=("to_k",), within=("attn2",))  # min(in, out), the largest
+    assert {layer.rank for layer in lora_layers(net).values()} == {8}
+
+
 def test_second_injection_and_missing_lora_are_refused(tmp_path):
     net, _ = make()
     save_lora(net, tmp_path / "lora_weights.safetensors")
@@ -651,6 +681,21 @@ def test_wrong_file_is_refused_and_the_network_untouched(case, tmp_path):
     net, _ = make()
     path = write_spoiled(net, tmp_path, spoil)
     refuse(path, words)
+
+
+def test_install_wraps_what_fits_whole_and_nothing_else():
+    net, x = make()
+    state, plain = lora_state_dict(net), copy.deepcopy(net)
+    remove_lora(plain)
+    layers = {name: dict(rank=4, alpha=8, dropout=0.0, use_rslora=False) for name in names()}
+    less = {key: tensor for key, tensor in state.items() if key != KEY_A}
+    with pytest.raises(ValueError, match=f"^LoRA: missing LoRA key '{KEY_A}'"):
+        install_lora(plain, layers, less)
+    assert not lora_layers(plain)
+    install_lora(plain, layers, state)
+    assert torch.equal(plain(*x), net(*x))
+    with pytest.raises(ValueError, match=f"^LoRA state: missing LoRA key '{KEY_A}'"):
+        load_lora_state_dict(plain, less)
 
 
 def write_spoiled(net, folder, spoil, header=None):

@@ -75,6 +75,22 @@ def test_trap_1_products_are_float32():
     assert 1e-7 < difference < 1e-6  # 3.6e-7: a float64 table would differ by 3e-8, rounding once
 
 
+def test_tables_are_float32_whatever_comes_in_and_whatever_the_default_is():
+    exact = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    schedule = NoiseSchedule(exact)
+    assert schedule.betas.dtype == schedule.alphas_cumprod.dtype == torch.float32
+    assert torch.equal(schedule.betas, exact.float())
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(NoiseSchedule.linear().betas, SCHEDULE.betas)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_schedules_are_compared_as_things_not_number_by_number():
+    assert SCHEDULE == SCHEDULE and SCHEDULE != NoiseSchedule.linear()
+
+
 def test_three_levels_by_hand():
     betas = torch.tensor([0.1, 0.2, 0.3])  # ᾱ = 0.9, 0.72, 0.504
     x0, noise = torch.full((2, 1, 1, 1), 2.0), torch.full((2, 1, 1, 1), 3.0)
@@ -154,6 +170,12 @@ def test_config_of_pixcell():
     assert torch.equal(schedule.betas, SCHEDULE.betas) and schedule.prediction_type == "epsilon"
 
 
+def test_config_without_numbers_takes_diffusers_own():
+    assert torch.equal(NoiseSchedule.from_config({"beta_schedule": "linear"}).betas, SCHEDULE.betas)
+    one = NoiseSchedule.from_config({"beta_schedule": "linear", "num_train_timesteps": 1})
+    assert one.betas.tolist() == pytest.approx([1e-4])
+
+
 def test_config_of_stable_diffusion():
     config = dict(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
     schedule = NoiseSchedule.from_config(config | {"prediction_type": "v_prediction"})
@@ -190,6 +212,15 @@ def test_config_that_changes_results_is_refused(change):
     with pytest.raises(ValueError) as error:
         NoiseSchedule.from_config(json.loads(PIXCELL_CONFIG) | change)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(beta_schedule="sigmoid"), "beta_schedule is 'sigmoid', expected one of linear, scaled_linear"),
+    (dict(prediction_type="x"), "prediction_type is 'x', expected one of epsilon, v_prediction"),
+    (dict(beta_start=0.0), r"\[1000, 0.0, 0.02\], expected a positive integer and two fractions")])
+def test_a_refused_config_is_named(change, words):
+    with pytest.raises(ValueError, match=words):
+        NoiseSchedule.from_config(json.loads(PIXCELL_CONFIG) | change)
 
 
 def test_trap_13_zero_terminal_snr_is_refused():
@@ -320,7 +351,7 @@ def test_trap_6_x0_is_clamped_on_request_only():
 
 def test_trap_7_variances_that_give_nan_are_refused():
     for kind in ("fixed_large_log", "learned", "fixed_small_log", ""):
-        with pytest.raises(ValueError, match="fixed_small, fixed_large, learned_range"):
+        with pytest.raises(ValueError, match="variance_type is .*, expected one of fixed_small, fixed_large, learned_range"):
             DDPM(SCHEDULE, variance_type=kind)
 
 
@@ -449,6 +480,14 @@ def test_trap_15_counts_and_offsets_out_of_range(sampler):
             sampler(SCHEDULE, timestep_spacing=spacing, steps_offset=offset)
     with pytest.raises(ValueError, match="linspace, leading, trailing"):
         sampler(SCHEDULE, timestep_spacing="karras")
+
+
+def test_trap_15_the_largest_offset_that_fits():
+    assert [row.timestep for row in DDIM(SCHEDULE, steps_offset=333).steps(3)] == [999, 666, 333]
+    with pytest.raises(ValueError, match=r"3 leading steps \+ offset 334 do not fit 1000 timesteps"):
+        DDIM(SCHEDULE, steps_offset=334).steps(3)
+    with pytest.raises(ValueError, match="timestep_spacing is 'even', expected one of linspace, lead"):
+        DDIM(SCHEDULE, timestep_spacing="even")
 
 
 def test_trap_15_leading_dpm_has_no_room_for_as_many_steps_as_timesteps():

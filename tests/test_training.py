@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -344,6 +345,121 @@ def test_a_run_stops_early_where_validation_no_longer_improves_and_stays_stopped
     assert train.main(["--resume", "--out", str(run)]) == 0
     assert metrics(run)[-1]["step"] == 6
     assert_same_weights(weights(run), before)
+
+
+# ---------------------------------------------------------------- validation and counts, alone
+
+@pytest.mark.parametrize("trains", [(True, False), (False, True)])
+def test_validation_sees_each_row_once_in_each_of_eight_bands(trains, tiny_base, monkeypatch):
+    transformer, adapter, schedule = small_problem(tiny_base)
+    transformer.train(trains[0]), adapter.train(trains[1])
+    rows = torch.arange(5.0)
+    features = SimpleNamespace(mean=rows.view(5, 1, 1, 1).expand(5, 16, 8, 8),
+                               embeddings=rows.view(5, 1, 1).expand(5, 1, 16))
+    seen = []
+
+    def loss(network, its, given, batch, dtype):
+        assert (network, its, given, dtype) == (transformer, adapter, schedule, torch.bfloat16)
+        assert not network.training and not its.training and not torch.is_grad_enabled()
+        seen.append(batch)
+        return batch.timesteps + 1000 * batch.latents[:, 0, 0, 0]
+
+    def measure(seed):
+        seen.clear()
+        found = training.validation_loss(transformer, adapter, schedule, features,
+                                         torch.tensor([4, 1, 2]), 5, seed, torch.bfloat16)
+        assert [len(batch.timesteps) for batch in seen] == [5, 5, 5, 5, 4]
+        return *found, batches.Batch(*(torch.cat([getattr(batch, name) for batch in seen])
+                                       for name in seen[0].__dataclass_fields__))
+
+    monkeypatch.setattr(training, "diffusion_loss", loss)
+    mean, bands, batch = measure(0)
+    assert (transformer.training, adapter.training) == trains
+    assert batch.latents[:, 3, 2, 1].tolist() == [4.0] * 8 + [1.0] * 8 + [2.0] * 8
+    assert batch.embeddings[:, 0, 5].tolist() == [4.0] * 8 + [1.0] * 8 + [2.0] * 8
+    assert batch.dropped.dtype == torch.bool and not batch.dropped.any()
+    timesteps, starts = batch.timesteps.view(3, 8), 125 * torch.arange(8)
+    assert ((timesteps >= starts) & (timesteps < starts + 125)).all()
+    assert len(timesteps.flatten().remainder(125).unique()) > 12  # drawn, not the ranges' ends
+    assert batch.noise.shape == (24, 16, 8, 8) and batch.noise.std() == pytest.approx(1, abs=0.01)
+    assert len(batch.noise[:, 0, 0, 0].unique()) == 24
+    losses = timesteps + torch.tensor([[4000.0], [1000.0], [2000.0]])
+    assert mean == pytest.approx(losses.mean().item(), rel=1e-6)
+    assert bands == pytest.approx(losses.mean(0).tolist(), rel=1e-6)
+    again, other = measure(0)[2], measure(1)[2]
+    assert torch.equal(again.noise, batch.noise) and torch.equal(again.timesteps, batch.timesteps)
+    assert not torch.equal(other.noise, batch.noise)
+
+
+@pytest.mark.parametrize("step, warmup, last, factor", [
+    (0, 0, 10, 1.0), (5, 0, 10, 0.5), (10, 0, 10, 0.0), (99, 0, 10, 0.0), (10, 10, 10, 1.0),
+    (11, 10, 10, 0.0), (0, 2, 10, 0.5), (1, 2, 10, 1.0), (3, 1, 9, 0.8535533905932737)])
+def test_rates_at_the_ends_of_warmup_and_run(step, warmup, last, factor):
+    assert training.rate_factor(step, warmup, last, "cosine") == pytest.approx(factor, abs=1e-12)
+
+
+def test_what_is_due_and_when():
+    assert [step for step in range(1, 8) if training.is_due(step, 3)] == [3, 6]
+    assert [step for step in range(1, 8) if training.is_due(step, 1)] == [*range(1, 8)]
+    assert not any(training.is_due(step, 0) for step in range(8))
+
+
+def test_the_scaler_acts_in_float16_alone_and_on_its_device():
+    for device, dtype, active in (("cpu", torch.float16, True), ("cpu", torch.bfloat16, False),
+                                  ("cpu", None, False), (torch.device("cpu"), torch.float16, True)):
+        assert build_scaler(device, dtype).is_enabled() == active
+
+
+def test_the_optimizer_is_fused_adamw_of_two_groups_with_their_peaks():
+    one, two = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    optimizer = build_optimizer(iter([one]), iter([two]), 1e-3, 2e-3, 0.25)
+    assert type(optimizer) is torch.optim.AdamW and optimizer.defaults["fused"]
+    assert [(group["params"], group["lr"], group["initial_lr"], group["weight_decay"])
+            for group in optimizer.param_groups] == [
+                ([one], 1e-3, 1e-3, 0.25), ([two], 2e-3, 2e-3, 0.25)]
+
+
+def test_counts_of_validations_and_attempts_by_hand():
+    progress = Progress()
+    assert progress == Progress(0, 0, 0, math.inf, 0)
+    for loss, best, since in ((3.0, 3.0, 0), (3.0, 3.0, 1), (4.0, 3.0, 2), (2.5, 2.5, 0)):
+        training.count_validation(progress, loss)
+        assert (progress.best_loss, progress.validations_since_best) == (best, since)
+    for skipped, counts in ((False, (1, 1, 0)), (True, (2, 1, 1)), (True, (3, 1, 2)), (False, (4, 2, 0))):
+        count_attempt(progress, StepReport(1.0, 1.0, skipped))
+        assert (progress.attempt, progress.step, progress.skipped_in_a_row) == counts
+    assert progress.skipped == 2 and StepReport(1.0, 1.0, False).loss_scale == 1.0
+
+
+def test_a_skip_without_a_scaler_ends_the_run_at_once(problem):
+    state, _ = problem([1, 2])
+    with pytest.raises(Diverged, match=r"gradient of step 3 is not finite \(loss 0.5\); lower the"):
+        check_attempt(state, StepReport(0.5, math.inf, True))
+    check_attempt(state, StepReport(0.5, math.inf, False))
+
+
+def test_a_state_goes_back_whole_into_another_model(tiny_base, problem):
+    state, _ = problem([1, 2], scaler_of(2.0**8))
+    state.averages = [p.detach() + 1 for p in state.parameters]
+    saved = state.state_dict()
+    assert saved.keys() == {"progress", "lora", "adapter", "optimizer", "scaler", "averages"}
+    transformer, adapter, _ = small_problem(tiny_base)
+    optimizer = build_optimizer(lora_parameters(transformer), adapter.parameters(), 1.0, 1.0, 0.5)
+    other = TrainingState(transformer, adapter, optimizer, scaler_of(2.0), Progress())
+    assert other.averages == ()
+    other.averages = [torch.zeros_like(p) for p in other.parameters]
+    other.load_state_dict(saved, "a state")
+    assert all(torch.equal(a, b) for a, b in zip(other.parameters, state.parameters, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(other.averages, state.averages, strict=True))
+    assert other.progress == state.progress == Progress(2, 2)
+    assert other.scaler.get_scale() == 2.0**8
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-2, 1e-2]
+    moments = state.optimizer.state_dict()["state"]
+    for index, its in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(its[key], moments[index][key]) for key in its)
+    other.averages = other.averages[:-1]
+    with pytest.raises(ValueError):
+        other.load_state_dict(saved, "a state")
 
 
 # ------------------------------------------------------------------ precisions side by side
