@@ -33,10 +33,10 @@ from pixcell_min.lora import count_parameters, inject_lora, lora_parameters
 from pixcell_min.monitor import draw_curve, draw_grid, estimate, open_tensorboard
 from pixcell_min.precision import make_deterministic, refusal
 from pixcell_min.precomputed import cached_precomputed, find_precomputed
-from pixcell_min.runs import (GRID, RECORD, SETTINGS, StopSignals, check_new, check_writable,
-                              describe_session, kept, load_state, lock, log, read_sessions,
-                              require_state, resume_command, resume_run, save_shared, save_state,
-                              start_run, state_files, unlock)
+from pixcell_min.runs import (GRID, RECORD, SETTINGS, check_new, check_resumable, describe_session,
+                              kept, load_state, lock, log, require_state, resume_command,
+                              resume_run, save_shared, save_state, start_run, state_files, unlock)
+from pixcell_min.signals import StopSignals
 from pixcell_min.tools.synthetic import PROCEDURAL_TILES, second_laboratory
 from pixcell_min.training import (Progress, TrainingState, build_optimizer, build_scaler,
                                   check_attempt, count_attempt, count_validation,
@@ -264,9 +264,7 @@ def check_run_folder(run: Path, config: Config, options) -> None:
         lock(run)
     if not options.resume:
         return
-    require_state(run)
-    check_writable(run)
-    read_sessions(run)  # refused now, before a state's log is written
+    check_resumable(run)
     refused, free = changes(Config(**read_yaml(run / SETTINGS)), config)
     if refused:
         raise ValueError(f"{run}: cannot resume with other settings: {'; '.join(refused)}")

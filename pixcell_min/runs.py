@@ -11,8 +11,6 @@ import math
 import os
 import platform
 import shlex
-import signal
-import threading
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -66,6 +64,13 @@ def require_state(run: Path) -> None:
     if not state_files(run):
         raise ValueError(f"{run}: no {STATES}/step-*.pt to resume from; start the run without "
                          "--resume")
+
+
+def check_resumable(run: Path) -> None:
+    """Raises: ValueError unless the folder holds a run that can go on, before anything is written."""
+    require_state(run)
+    check_writable(run)
+    read_sessions(run)
 
 
 def resume_command(run: Path) -> str:
@@ -306,27 +311,3 @@ def shared_files(run: Path, ema: bool = False) -> tuple[Path, Path]:
         raise ValueError(f"{run}: {paths[0].name} is of step {steps[0]}, {paths[1].name} of step "
                          f"{steps[1]}: the run was killed while it wrote them; mend it by {resume_command(run)}")
     return paths
-
-
-# ---------------------------------------------------------------- signals
-
-
-class StopSignals:
-    """Within the block SIGINT and SIGTERM ask for a stop; a second one acts as it always does."""
-
-    def __enter__(self):
-        """Take over both signals, in the main thread; `received` is None or the signal's number."""
-        self.received, self._before = None, {}
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note)
-                            for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_):
-        """Give both signals back."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number, frame):
-        self.received = number
-        self.__exit__()
