@@ -198,7 +198,7 @@ def prepare(work: Path, size: str) -> Path:
 
 
 def main(argv=None) -> None:
-    from first_run import machine
+    from first_run import commit, machine
     from pixcell_min.checkpoint import write_text
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--size", choices=("nano", *SIZES), default="nano")
@@ -230,7 +230,7 @@ def main(argv=None) -> None:
                 first = Side("ours", case | {"kind": "first pass"})
                 first.ask("run"), first.close()
             results[key] = measure(case, args.repeats, bar) | {
-                "settings": settings, "machine": machine()}
+                "settings": settings, "commit": commit(), "machine": machine()}
             write_text(args.out, json.dumps(results, indent=1) + "\n")
     print(table(results, args.size))
 

@@ -30,6 +30,12 @@ from pixcell_min.data import find_tiles, fit_tile, read_tile  # noqa: E402
 from pixcell_min.tools.pretrain import round_trip_psnr  # noqa: E402
 
 
+def commit() -> str:
+    """What was measured: the commit, with a + where files differ from it."""
+    return subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=ROOT, check=True,
+                          capture_output=True, text=True).stdout.strip()
+
+
 def machine() -> dict:
     """What the figures were measured on."""
     cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo")

@@ -24,7 +24,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from first_run import machine  # noqa: E402
+from first_run import commit, machine  # noqa: E402
 from pixcell_min.checkpoint import write_text  # noqa: E402
 from pixcell_min.lora import LoRALinear, fold_lora, inject_lora, lora_parameters  # noqa: E402
 from pixcell_min.precision import autocast, hold_products_in  # noqa: E402
@@ -253,7 +253,7 @@ def main() -> None:
     with tqdm(unit="measure", total=24, disable=None) as bar:
         results = {precision: measure(precision, options.turns, bar) for precision in HALF}
     write_text(options.out, json.dumps(results | {
-        "turns": options.turns, "blocks": BLOCKS, "machine": machine()}, indent=1) + "\n")
+        "turns": options.turns, "blocks": BLOCKS, "commit": commit(), "machine": machine()}, indent=1) + "\n")
     print(json.dumps(results, indent=1))
 
 
