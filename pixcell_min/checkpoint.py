@@ -250,7 +250,7 @@ def _read_state(path, keys):
     if not sound:
         raise ValueError(f"{path}: damaged, its contents do not fit its checksum")
     if not isinstance(content, dict) or (keys and content.keys() != keys):
-        raise ValueError(f"{path}: not the state of such a run; expected {sorted(keys)}")
+        raise ValueError(f"{path}: not the state of such a run; expected {sorted(keys or ())}")
     return content
 
 

@@ -20,7 +20,7 @@ from pixcell_min.data import Tile
 from pixcell_min.features import Features, cached_features
 
 # What NumPy was seen to raise when headers were damaged.
-BROKEN_ARRAY = (OSError, ValueError, TokenError)
+BROKEN_ARRAY = (OSError, ValueError, OverflowError, TokenError)
 LATENTS, EMBEDDING = "_sd3_vae.npy", "_uni.npy"
 
 

@@ -219,10 +219,11 @@ def load_state(run: Path, identity: dict, state: TrainingState, report) -> None:
     saved, path, failures = checkpoint.load_newest_state(
         run / STATES, {*identity, *state.state_dict()})
     for key, value in identity.items():
-        if saved[key] != value:
+        if str(saved[key]) != value:
             raise ValueError(f"{run}: cannot resume: {key} was {saved[key]}, is {value}")
-    if not isinstance(saved["progress"], dict) or saved["progress"].keys() != vars(Progress()).keys():
-        raise ValueError(f"{path}: its progress is {saved['progress']}, expected "
+    kinds = {key: type(value) for key, value in vars(Progress()).items()}
+    if not isinstance(its := saved["progress"], dict) or kinds != {k: type(its[k]) for k in its}:
+        raise ValueError(f"{path}: its progress is {its}, expected "
                          f"{', '.join(vars(Progress()))}: of another version of this code?")
     kept = [line for line in read_log(run) if line["attempt"] <= saved["progress"]["attempt"]]
     state.load_state_dict(saved, path)
@@ -253,8 +254,7 @@ def resume_run(run: Path, session: dict, settings: str, state: TrainingState, re
     then, now = ({**its["versions"], "pixcell_min's code": str(its["hashes"].get("code"))[:8],
                   "threads": its.get("threads"), "processes": its.get("processes", 1)}
                  for its in (sessions[-1], session))
-    changed = [f"{name} {then.get(name)} → {now[name]}" for name in now
-               if then.get(name) != now[name]]
+    changed = [f"{key} {then.get(key)} → {its}" for key, its in now.items() if then.get(key) != its]
     if changed:
         report(f"changed since the run began: {', '.join(changed)}; it may differ from an "
                "uninterrupted one in its last bits")

@@ -184,13 +184,17 @@ class TrainingState:
 
     def load_state_dict(self, state: dict, source) -> None:
         """Put back what `state_dict` gave. Raises: ValueError if it fits another model."""
-        load_lora_state_dict(self.transformer, state["lora"], source)
-        load_strict(self.adapter, state["adapter"], source)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.progress = Progress(**state["progress"])
-        for average, saved in zip(self.averages, state["averages"], strict=True):
-            average.copy_(saved)
+        try:
+            load_lora_state_dict(self.transformer, state["lora"], source)
+            load_strict(self.adapter, state["adapter"], source)
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.progress = Progress(**state["progress"])
+            for average, saved in zip(self.averages, state["averages"], strict=True):
+                average.copy_(saved)
+        except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+            told = str(error) if str(source) in str(error) else f"{source}: {error!r}"
+            raise ValueError(f"{told}; is it of another version of this code?") from None
 
 
 def count_validation(progress: Progress, loss: float) -> None:

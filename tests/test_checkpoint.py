@@ -44,7 +44,7 @@ def test_json_object(tmp_path):
 
 
 @pytest.mark.parametrize("content, message", [
-    (b"", "not valid JSON"), (b'{"a": 1', "not valid JSON"), (b"\xff\xfe\x00", "not valid JSON"),
+    (b"", "not valid JSON"), (b'{"a": 1', "not valid JSON"), (b"\xff\xfe\x00", "not a UTF-8 text file"),
     (b"[1]", "got list"), (b"3", "got int"),
 ])
 def test_json_refusals(tmp_path, content, message):

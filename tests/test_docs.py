@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import fuzzing
 from conftest import ROOT
 from pixcell_min.config import parse_train
 from pixcell_min.schedulers import NoiseSchedule
@@ -260,6 +261,19 @@ def test_the_guides_numbers_are_those_of_the_code():
             f"min(1/√SNR, {DEBIASED_MAX:g})", f"the step, {figures.STEPS} in all",
             f"heaps of numbers at −1 and {figures.MODES[1]:g}"):
         assert quoted in text, quoted
+
+
+def test_the_readmes_counts_of_damaged_files_are_those_of_the_suite():
+    text = " ".join((ROOT / "README.md").read_text().split())
+    quoted = {"bytes": "cases of flipped", "safetensors": "of tensors' names", "images": "of images",
+              "pickles": "of pickles", "values": "of values in JSON", "YAML": "of settings in YAML",
+              "arrays": "of arrays", "feature caches": "of feature caches"}
+    assert quoted.keys() == fuzzing.CASES.keys()
+    for number, words in ((sum(fuzzing.CASES.values()), "times (`pytest -m slow`: "),
+                          (fuzzing.SLOW, "times as often"), (fuzzing.SECONDS, "s and "),
+                          (fuzzing.MEMORY // 2**30, "GB, in success"),
+                          *((count, quoted[kind]) for kind, count in fuzzing.CASES.items())):
+        assert f" {number:,} {words}" in text, (number, words)
 
 
 LABELS = {"base": "base", "adapter only": "adapter", "LoRA only": "lora",

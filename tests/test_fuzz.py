@@ -1,9 +1,11 @@
 """Damaged files of every kind that is read: success, or one line and exit code 2, nothing else."""
 
 import contextlib
+import datetime
 import io
 import json
 import random
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from fuzzing import (CASES, SLOW, Evil, World, altered, as_command, damage, odd_
 from pixcell_min.adapter import load_adapter
 from pixcell_min.base import load_pixcell_base
 from pixcell_min.checkpoint import STATE_FORMAT, content_hash, file_hash, write_text
+from pixcell_min.config import Config, to_yaml
 from pixcell_min.data import find_tiles, fit_tile, image_to_tensor, read_tile
 from pixcell_min.features import cached_images
 from pixcell_min.formats import read_lora
@@ -84,6 +87,7 @@ RESUME = (train.main, ["--resume", "--out", "run", "--cache", "cache", "--data",
 PREVIEW = (train.main, ["--config", "config.yaml", "--dry-run", "--data", "tiles", "--base", "base"])
 EVALUATE = (evaluate.main, ["--data", "tiles", "--run", "run", "--out", "new", "--steps", "1",
                             "--arms", "base", "--count", "1"])
+LICENCES = (as_command(lambda: audit.licences(Path("base"), {})), [])
 CHECK_DRAWN = (as_command(lambda: evaluate.check_folder(Path("drawn"), [], lambda arm: {})), [])
 
 
@@ -98,12 +102,13 @@ def combined(source):
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 # (file, (command, arguments) that reads it)
 READERS = [
-    *((f"base/{name}", command) for command in (DRAW, DIAGNOSE) for name in (
+    *((f"base/{name}", DRAW) for name in (
         f"transformer/{WEIGHTS}", "transformer/config.json", "scheduler/scheduler_config.json",
         "vae/config.json", f"vae/{WEIGHTS}", "uni/config.json", "uni/pytorch_model.bin")),
+    *((f"base/{name}", DIAGNOSE) for name in (
+        "transformer/config.json", f"vae/{WEIGHTS}", "uni/pytorch_model.bin")),
     ("pixcell-256/download.json", DIAGNOSE),
-    ("base/LICENSE", (audit.main, ["--base", "base"])),
-    ("base/README.md", (audit.main, ["--base", "base"])),
+    ("base/LICENSE", LICENCES), ("base/README.md", LICENCES),
     ("lora/native.safetensors", (convert.main, ["lora/native.safetensors", "new", "--format", "peft"])),
     ("lora/diffusers.safetensors", to_native("lora/diffusers.safetensors")),
     ("lora/diffusers.safetensors", combined("lora/diffusers.safetensors")),
@@ -301,3 +306,76 @@ def test_damaged_files(world, kind, times):
         except BaseException as error:
             error.add_note(f"case {seed} of {name}")
             raise
+
+
+# ---------------------------------------------------------------- odd values, by hypothesis
+
+
+def document_of(content, name):
+    """What a file says, as nested dicts and lists."""
+    if name.endswith(".safetensors"):
+        size = int.from_bytes(content[:8], "little")
+        texts = json.loads(content[8:8 + size])["__metadata__"]
+        return {key: json.loads(text) if text[0] == "{" else text for key, text in texts.items()}
+    if name.endswith(".pt"):
+        return torch.load(io.BytesIO(content), weights_only=True)["content"]
+    if name.endswith(".jsonl"):
+        return [json.loads(line) for line in content.splitlines()]
+    return json.loads(content)
+
+
+def content_of(document, name, sound) -> bytes:
+    """The file that says so; tensors and format as they were."""
+    if name.endswith(".safetensors"):
+        if not isinstance(document, dict):
+            document = {"lora_config": document}
+        texts = {key.encode(errors="replace").decode(): value if isinstance(value, str) else json.dumps(value)
+                 for key, value in document.items()}
+        texts = {key: text.encode(errors="replace").decode() for key, text in texts.items()}
+        return safetensors.torch.save(safetensors.torch.load(sound), texts)
+    if name.endswith(".pt"):
+        return torch_bytes({"format": STATE_FORMAT, "hash": content_hash(document), "content": document})
+    if name.endswith(".jsonl") and isinstance(document, list):
+        return "".join(json.dumps(line) + "\n" for line in document).encode()
+    return json.dumps(document).encode()
+
+
+DOCUMENTS = [(name, reader) for name, reader in READERS if name.endswith((".json", ".jsonl", ".pt"))
+             or name in ("lora/native.safetensors", "lora/diffusers.safetensors")]
+
+
+def by_hypothesis(kind, times):
+    """The settings of a test of so many cases, the same ones each time."""
+    return settings(max_examples=CASES[kind] * times, derandomize=True, database=None, deadline=None,
+                    suppress_health_check=list(HealthCheck))
+
+
+@pytest.mark.parametrize("times", TIMES)
+def test_odd_values(world, times):
+    counts = Counter()
+
+    @by_hypothesis("values", times)
+    @given(st.data())
+    def check(data):
+        name, reader = data.draw(st.sampled_from(DOCUMENTS), "file")
+        sound = world.sound[world.root / name]
+        document = data.draw(altered(document_of(sound, name)), "what it says")
+        counts[world.judge({name: content_of(document, name, sound)}, *reader)] += 1
+
+    check()
+    assert sum(counts.values()) >= CASES["values"] * times and counts[True] and counts[False]
+
+
+@pytest.mark.parametrize("times", TIMES)
+def test_odd_settings(world, times):
+    counts, sound = Counter(), yaml.safe_load(to_yaml(Config(
+        lora_rank=2, batch_size=1, mixed_precision="no")))
+
+    @by_hypothesis("YAML", times)
+    @given(altered({**sound, "more": [datetime.date(2026, 1, 1), b"x", {1, 2}]}) | altered(sound))
+    def check(document):
+        text = yaml.safe_dump(document).encode(errors="replace")
+        counts[world.judge({"config.yaml": text}, *PREVIEW)] += 1
+
+    check()
+    assert sum(counts.values()) >= CASES["YAML"] * times and counts[True] and counts[False]

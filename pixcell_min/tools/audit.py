@@ -194,13 +194,14 @@ def gradients_seen(run: Path) -> tuple[dict[str, float], int]:
     Raises: ValueError if there is no intact state.
     """
     state, path, _ = load_newest_state(run / STATES, None)
-    if not {"optimizer", "lora", "adapter", "progress"} <= state.keys():
-        raise ValueError(f"{path}: not the state of a run of train.py")
-    moments = state["optimizer"]["state"]
-    names = [*state["lora"], *state["adapter"]]  # the optimizer's order
-    seen = {name: (moments[i]["exp_avg_sq"] > 0).double().mean().item() if i in moments else 0.0
-            for i, name in enumerate(names)}
-    return seen if moments else {}, state["progress"]["step"]
+    try:
+        moments = state["optimizer"]["state"]
+        names = [*state["lora"], *state["adapter"]]  # the optimizer's order
+        seen = {name: (moments[i]["exp_avg_sq"] > 0).double().mean().item() if i in moments else 0.0
+                for i, name in enumerate(names)}
+        return seen if moments else {}, int(state["progress"]["step"])
+    except (LookupError, TypeError, AttributeError, RuntimeError):
+        raise ValueError(f"{path}: not the state of a run of train.py") from None
 
 
 # ---------------------------------------------------------------- cross-attention with one token
