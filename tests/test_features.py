@@ -540,13 +540,14 @@ def interrupted_at(line, action):
     def enter(frame, event, _):
         return count if frame.f_code is module._write_shards.__code__ else None
 
+    before = sys.gettrace()  # of pytest --cov
     sys.settrace(enter)
     try:
         action()
     except KeyboardInterrupt:
         return True
     finally:
-        sys.settrace(None)
+        sys.settrace(before)
     return False
 
 

@@ -1,5 +1,7 @@
 """training.py: what float16 may and may not do to a step, accumulation and counts in whole runs."""
 
+import contextlib
+import dataclasses
 import importlib.util
 import math
 from types import SimpleNamespace
@@ -268,6 +270,46 @@ def spoil_weights_after(count):
 
 
 # ------------------------------------------------------------------------------ accumulation
+
+@pytest.fixture
+def by_hand():
+    """Two numbers to train, the loss w·x of a sample x, and a step on micro-batches of them."""
+    weight, other = (torch.nn.Parameter(torch.tensor([2.0])) for _ in range(2))
+    optimizer = build_optimizer([weight], [other], 0.1, 0.1, 0.0)
+
+    def step(trained, parts, count, *more):
+        parts = (SimpleNamespace(timesteps=torch.zeros(len(x)), x=torch.tensor(x)) for x in parts)
+        return optimizer_step(lambda batch: trained * batch.x, parts, count, optimizer,
+                              build_scaler("cpu", None), *more)
+
+    return weight, other, step
+
+
+def test_a_step_by_hand(by_hand):
+    weight, other, step = by_hand
+    assert step(weight, [[1.0, 2.0], [6.0]], 3, 1e9) == StepReport(6.0, 3.0, False, 1.0)
+    assert weight.grad.item() == 3 and weight.item() == pytest.approx(1.9)  # AdamW's first: the rate
+    assert other.grad is None
+    report = step(other, [[1.0, 2.0], [6.0]], 3, 1.5)
+    assert report.grad_norm == 3 and other.grad.item() == pytest.approx(1.5)  # told, then clipped
+    assert weight.grad is None and weight.item() == pytest.approx(1.9)  # no gradient: it stays
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        report.loss = 0.0
+
+
+def test_a_process_divides_by_its_own_samples_and_shares_at_its_last_batch(by_hand):
+    apart, sums = [], []
+
+    @contextlib.contextmanager
+    def note(loss_of):
+        apart.append("apart")
+        yield
+
+    processes = SimpleNamespace(size=2, apart=note, mean=lambda total: sums.append(total) or 7.0)
+    report = by_hand[2](by_hand[0], [[1.0], [2.0], [3.0]], 6, 1e9, processes)
+    assert apart == ["apart"] * 2 and sums == [pytest.approx(4.0)]  # 2·(1 + 2 + 3)/3
+    assert report.loss == 7.0 and by_hand[0].grad.item() == pytest.approx(2.0)
+
 
 def test_rates_count_optimizer_steps_not_micro_steps(arguments, tmp_path):
     flags = [*arguments, "--gradient-accumulation-steps", "3", "--warmup-steps", "2"]

@@ -1,5 +1,6 @@
 """The network by itself: condition tokens, precision, position codes, refusals, strict loading."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -107,7 +108,7 @@ def test_lora_share_of_pixcell_256():
 
 @pytest.mark.parametrize("tokens", [1, 4])
 def test_gradient_checkpointing_changes_no_bit(tokens, monkeypatch):
-    calls, results = [], []
+    calls, counts, results = [], [], []
     forward = Block.forward
     monkeypatch.setattr(Block, "forward", lambda self, *a: calls.append(1) or forward(self, *a))
     for enabled in (False, True):
@@ -116,7 +117,8 @@ def test_gradient_checkpointing_changes_no_bit(tokens, monkeypatch):
         output = model(*given)
         output.square().mean().backward()
         results.append([output, *(p.grad for p in model.parameters() if p.grad is not None)])
-    assert len(calls) == 2 + 4  # checkpointed, each of two blocks runs again in the backward pass
+        counts.append(len(calls))
+    assert counts == [2, 2 + 4]  # checkpointed, both blocks run again in the backward pass
     assert len(results[0]) == len(results[1]) and all(torch.equal(a, b) for a, b in zip(*results))
     with torch.no_grad():
         model(*given)
@@ -254,12 +256,33 @@ def test_a_scalar_timestep_is_that_of_every_image(timestep):
     assert torch.equal(model(latents, timestep, tokens), expected)
 
 
+def test_a_new_network_has_small_tables_and_every_switch_off():
+    torch.manual_seed(0)
+    model = PixCellTransformer(TransformerConfig(num_layers=1, attention_head_dim=64))  # D = 1024
+    block = model.transformer_blocks[0]
+    for table in (block.scale_shift_table, model.scale_shift_table):  # N(0, 1/D)
+        assert table.std().item() == pytest.approx(1 / 32, rel=0.05)
+    assert not (model.gradient_checkpointing or block.attn1.float32_attention
+                or block.attn2.float32_attention)
+
+
 def test_null_embedding_is_a_buffer_in_input_space():
     model = tiny(4)
     assert model.uncond_embedding.shape == (4, 16) and not model.uncond_embedding.requires_grad
     assert "caption_projection.uncond_embedding" in dict(model.named_buffers())
     model.requires_grad_(False)
     assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_patches_of_another_size_and_tensors_on_another_device():
+    latents, timesteps, tokens = inputs()
+    model = tiny(patch_size=4)
+    assert model.proj_out.out_features == 4 * 4 * 32
+    assert model(latents, timesteps, tokens).shape == (2, 32, 8, 8)
+    elsewhere = tiny().to("meta")
+    elsewhere.transformer_blocks = torch.nn.ModuleList()  # their autocast knows no meta device
+    output = elsewhere(latents.to("meta"), timesteps, tokens.to("meta"))
+    assert output.device.type == "meta"  # timesteps follow the latents
 
 
 def test_images_of_a_batch_are_independent():
@@ -286,8 +309,12 @@ def test_wrong_shapes_are_refused(latents, tokens, named):
     assert f"got {named}" in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("key", sorted(FIXED))
+UNREAD = TINY_TRANSFORMER.keys() - TransformerConfig.__dataclass_fields__.keys()
+
+
+@pytest.mark.parametrize("key", sorted(UNREAD))
 def test_a_config_of_another_network_is_refused(key):
+    assert FIXED.keys() == UNREAD  # all that a released config says is read or must be so
     with pytest.raises(ValueError, match=f"here: {key} is 'other', only"):
         TransformerConfig.from_dict({**TINY_TRANSFORMER, key: "other"}, "here")
 
@@ -320,6 +347,10 @@ def test_defaults_are_those_of_pixcell_256_and_unknown_keys_are_left_alone():
     config = TransformerConfig.from_dict({**TINY_TRANSFORMER, **changes})
     assert config.num_layers == 5 and config.norm_eps == 1e-6
     assert TransformerConfig() == TransformerConfig(28, 16, 72, 16, 32, 2, 32, 1536, 1, 0.5, 1e-6)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.num_layers = 6
+    with pytest.raises(ValueError, match="^config: not a PixCell transformer configuration"):
+        TransformerConfig.from_dict({})
 
 
 @pytest.mark.parametrize("changes, message", [
@@ -330,6 +361,7 @@ def test_defaults_are_those_of_pixcell_256_and_unknown_keys_are_left_alone():
 def test_sizes_without_a_position_code_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         tiny(**changes)
+    assert tiny(caption_channels=18).config.caption_channels == 18  # one token has no place
 
 
 # Loading
@@ -344,6 +376,26 @@ def test_from_pretrained_converts_once(tiny_base, dtype):
     assert all(torch.equal(loaded[name], tensor.to(dtype)) for name, tensor in stored.items())
     latents, timesteps, tokens = inputs()
     assert model(latents.to(dtype), timesteps, tokens.to(dtype)).dtype == dtype
+
+
+def test_loading_draws_nothing_and_lets_dtypes_be_changed_before_the_weights_are_read(tiny_base):
+    stored = load_file(tiny_base / "transformer" / WEIGHTS_NAME)
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    model = PixCellTransformer.from_pretrained(  # a folder's name will do
+        str(tiny_base / "transformer"), prepare=lambda network: network.proj_out.double())
+    assert torch.equal(torch.rand(3), expected)
+    weight = model.proj_out.weight
+    assert weight.dtype == torch.float64 and torch.equal(weight, stored["proj_out.weight"].double())
+    assert model.scale_shift_table.dtype == torch.float32
+
+
+def test_a_wrong_config_is_named_by_its_file(own_base):
+    path = own_base / "transformer" / "config.json"
+    path.write_text(json.dumps({**TINY_TRANSFORMER, "num_layers": 0}))
+    with pytest.raises(ValueError, match=f"^{path}: num_layers must be a positive integer, got 0"):
+        PixCellTransformer.from_pretrained(path.parent)
 
 
 def rename(tensors):
@@ -388,8 +440,9 @@ def test_truncated_or_absent_files_are_refused(tiny_base, tmp_path):
         PixCellTransformer.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("tokens", [4, 6])
+@pytest.mark.parametrize("tokens", [4, 5, 6])
 def test_bf16_attention_is_the_fused_one_above_some_tokens(tokens, monkeypatch):
+    assert module.PLAIN_ATTENTION_UP_TO == (512 // 8 // 2) ** 2  # pixels, latent cells, tokens
     monkeypatch.setattr(module, "PLAIN_ATTENTION_UP_TO", 5)
     fused = []
     monkeypatch.setattr(module.F, "scaled_dot_product_attention",

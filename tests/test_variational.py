@@ -10,7 +10,7 @@ from torch.distributions import Normal, kl_divergence
 import train
 from conftest import metrics, write_base
 from pixcell_min.schedulers import NoiseSchedule
-from pixcell_min.training import diffusion_loss
+from pixcell_min.training import condition_tokens, diffusion_loss
 from pixcell_min.variational import variational_bound
 from test_train import random_batch, small_problem
 
@@ -82,6 +82,11 @@ def test_the_loss_adds_it_by_its_weight(tiny_base):
     extra = diffusion_loss(transformer, adapter, schedule, batch, vlb_weight=2.0) - plain
     half = diffusion_loss(transformer, adapter, schedule, batch, vlb_weight=1.0) - plain
     torch.testing.assert_close(extra, 2 * half, rtol=1e-3, atol=1e-5)
+    noisy = schedule.add_noise(batch.latents, batch.noise, batch.timesteps)
+    output = transformer(noisy, batch.timesteps, condition_tokens(
+        adapter, batch.embeddings, batch.dropped, transformer.uncond_embedding))
+    bound = variational_bound(schedule, output, batch.latents, noisy, batch.timesteps)
+    torch.testing.assert_close(half, bound, rtol=1e-3, atol=1e-5)
     assert (extra > 0).all()
 
 
