@@ -28,7 +28,7 @@ from pixcell_min.checks import one_line
 from pixcell_min.runs import LOCK
 
 # Cases of `pytest`; `pytest -m slow` runs SLOW times as many, the first ones among them or not.
-CASES = {"bytes": 460, "safetensors": 150, "pickles": 120, "values": 150, "YAML": 120,
+CASES = {"bytes": 440, "safetensors": 150, "pickles": 120, "values": 150, "YAML": 120,
          "images": 1000, "arrays": 400, "feature caches": 120}
 SLOW = 10
 SECONDS, MEMORY = 20, 2**33  # of a case; MEMORY: bytes beside what the process has already
@@ -77,9 +77,7 @@ class World:
         stamps = {}
         for folder, folders, files in os.walk(self.root):
             stamps |= {Path(folder, name): None for name in folders}
-            for path in (Path(folder, name) for name in files):
-                stat = path.lstat()
-                stamps[path] = stat.st_mtime_ns, stat.st_size
+            stamps |= {path: _stamp(path) for path in (Path(folder, name) for name in files)}
         return stamps
 
     def _put(self, path, content):
@@ -87,14 +85,15 @@ class World:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
 
-    def _restore(self):
+    def restore(self) -> None:
+        """Make the world sound again."""
         changed = {path for path, _ in self._stamps().items() ^ self.stamps.items()}
         for path in sorted(changed, reverse=True):  # a folder after what is in it
             if path in self.sound:
                 self._put(path, self.sound[path])
-            elif path not in self.stamps:
+                self.stamps[path] = _stamp(path)
+            else:
                 path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
-        self.stamps = self._stamps()
 
     def judge(self, damaged: dict[str, bytes], command, arguments) -> bool:
         """Run `command(arguments)` with these files damaged; → whether it succeeded.
@@ -106,10 +105,11 @@ class World:
                 self._put(self.root / name, content)
             before = self._stamps()
             code, lines = run(command, arguments, self.root)
+            after = self._stamps()
+            assert not [path for path in after if path.suffix == ".tmp"]
             # The lock is touched by who asks for it; a cache may have gained whole shards.
-            changed = {str(path) for path, _ in self._stamps().items() ^ before.items()
+            changed = {str(path) for path, _ in after.items() ^ before.items()
                        if path.name != LOCK and "cache" not in path.parts}
-            assert not [path for path in self._stamps() if path.suffix == ".tmp"]
             if code == 0:
                 return True
             assert code == 2, (code, lines)
@@ -121,7 +121,12 @@ class World:
             assert not changed, changed
             return False
         finally:
-            self._restore()
+            self.restore()
+
+
+def _stamp(path):
+    stat = path.lstat()
+    return stat.st_mtime_ns, stat.st_size
 
 
 def run(command, arguments, root) -> tuple[int, list[str]]:

@@ -4,7 +4,11 @@ import contextlib
 import datetime
 import io
 import json
+import os
+import pickle
 import random
+import struct
+import zlib
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -21,7 +25,7 @@ from PIL import Image
 import sample
 import train
 from conftest import TINY_TRANSFORMER, write_base
-from fuzzing import (CASES, SLOW, Evil, World, altered, as_command, damage, odd_archive, odd_header,
+from fuzzing import (CASES, SLOW, Evil, EvilByName, World, altered, as_command, damage, odd_archive, odd_header,
                      odd_objects, odd_tensors, run, torch_bytes)
 from pixcell_min.adapter import load_adapter
 from pixcell_min.base import load_pixcell_base
@@ -121,11 +125,11 @@ READERS = [
     ("adapter.pth", (as_command(load_adapter), ["adapter.pth"])),
     ("adapter.pth", (sample.main, [*SAMPLE, "--base", "base", "--adapter", "adapter.pth"])),
     ("original.ckpt", (as_command(write_original), ["original.ckpt"])),
-    *((f"run/{name}", command) for command in (DRAW_OF_RUN, AUDIT) for name in (
+    *((f"run/{name}", DRAW_OF_RUN) for name in (
         "adapter.safetensors", "lora_weights.safetensors", "config.yaml")),
     *((f"run/{name}", RESUME) for name in (
         "config.yaml", "run.json", "metrics.jsonl", "states/step-00000002.pt")),
-    ("run/tiles.json", AUDIT), ("run/run.json", AUDIT), ("run/tiles.json", EVALUATE),
+    ("run/config.yaml", AUDIT), ("run/tiles.json", AUDIT), ("run/run.json", AUDIT), ("run/tiles.json", EVALUATE),
     ("run/states/step-00000002.pt", AUDIT),
     ("drawn/base.png", CHECK_DRAWN),
     ("tiles/TUM/1.png", DRAW),
@@ -379,3 +383,94 @@ def test_odd_settings(world, times):
 
     check()
     assert sum(counts.values()) >= CASES["YAML"] * times and counts[True] and counts[False]
+
+
+# ---------------------------------------------------------------- known faults, one by one
+
+
+def png(width, height, *chunks) -> bytes:
+    """A PNG of that size without pixels; chunks: (kind, content) before them."""
+    whole = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), *chunks,
+             (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        len(content).to_bytes(4) + kind + content + zlib.crc32(kind + content).to_bytes(4)
+        for kind, content in whole)
+
+
+def array_bytes(array):
+    file = io.BytesIO()
+    np.save(file, array, allow_pickle=True)
+    return file.getvalue()
+
+
+CONFIG, STATE = "base/transformer/config.json", "run/states/step-00000002.pt"
+TILE, DRAWN, LORA = "tiles/TUM/1.png", "drawn/base.png", "lora/native.safetensors"
+EVIL = {"legacy": torch_bytes({"a": Evil()}, legacy=True), "plain": pickle.dumps(Evil()),
+        "zip": torch_bytes({"a": Evil()}), "by name": torch_bytes({"a": EvilByName()})}
+LAUGHS = "a0: &a0 [x, x]\n" + "".join(
+    f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}, *a{i - 1}, *a{i - 1}]\n" for i in range(1, 40))
+KNOWN = [
+    *((f"code, {name}, {how}", file, content) for how, content in EVIL.items()
+      for name, file in (("adapter", "adapter.pth"), ("encoder", "base/uni/pytorch_model.bin"),
+                         ("LoRA", "lora/authors.pth"), ("ckpt", "original.ckpt"), ("state", STATE))),
+    ("code, array", "arrays/a_uni.npy", array_bytes(np.array([Evil()], object))),
+    *((f"YAML {name}", "config.yaml", text if isinstance(text, bytes) else text.encode())
+      for name, text in {
+        "code": "data: !!python/object/apply:os.system ['touch executed']",
+        "code by name": "data: !!python/name:os.system", "laughs": LAUGHS,
+        "deep": "data: " + "[" * 20000, "deep keys": "? " * 20000, "deep flow": "{a: " * 5000,
+        "doubled key": "seed: 1\nseed: 2", "not a number": "learning_rate: .nan",
+        "endless number": "learning_rate: .inf", "long number": "seed: " + "9" * 5000,
+        "date": "seed: 2026-01-01", "set": "blocks: !!set {1, 2}", "binary": "data: !!binary aGk=",
+        "two documents": "seed: 1\n---\nseed: 2", "keys of lists": "? [a, b]\n: 1",
+        "anchor": "seed: *nowhere", "list": "- seed", "text": "seed",
+        "NUL": b"seed: 1\0", "UTF-16 without mark": "seed: 1".encode("utf-16-le"),
+        "Latin-1": "out: é".encode("latin-1"), "tag": "seed: !!int x", "sexagesimal": "seed: 1:99:x",
+        "control": b"data: \x07", "tab": "data:\t\t- x: y: z"}.items()),
+    *((f"JSON {name}", CONFIG, text) for name, text in {
+        "deep lists": b"[" * 10**6, "deep objects": b'{"a":' * 10**5, "empty": b"", "NUL": b"\0",
+        "list": b"[]", "number": b"1", "long number": b'{"num_layers": ' + b"9" * 5000 + b"}",
+        "mark": b"\xef\xbb\xbf{}", "UTF-16": "{}".encode("utf-16"), "two": b"{}{}"}.items()),
+    ("header of 2^63 bytes", LORA, (2**63).to_bytes(8, "little") + b"{}"),
+    ("header of 2^40 bytes", LORA, (2**40).to_bytes(8, "little") + b"{}"),
+    ("header of no bytes", LORA, bytes(8)),
+    ("PNG bomb", TILE, png(60000, 60000)), ("PNG line", TILE, png(2**31 - 1, 1)),
+    ("PNG without area", TILE, png(0, 0)), ("bomb among the drawn", DRAWN, png(60000, 60000)),
+    ("text bomb", TILE, png(8, 8, (b"zTXt", b"a\0\0" + zlib.compress(bytes(2**27))))),
+    ("drawn, a list", DRAWN, png(8, 8, (b"tEXt", b"pixcell_min\0[]"))),
+    ("drawn, deep", DRAWN, png(8, 8, (b"tEXt", b"pixcell_min\0" + b"[" * 10**5))),
+    ("drawn, another arm", DRAWN, png(8, 8, (b"tEXt", b'pixcell_min\0{"arm": ["base"]}'))),
+]
+
+
+@pytest.mark.parametrize("name, file, content", KNOWN, ids=[name for name, _, _ in KNOWN])
+def test_known_faults_are_refused(world, name, file, content):
+    for reader in [reader for its, reader in (*READERS, ("config.yaml", PREVIEW), (
+            "arrays/a_uni.npy", (as_command(use_arrays), []))) if its == file]:
+        if reader[0] in (sample.main, convert.main, train.main) or file != STATE:
+            assert world.judge({file: content}, *reader) == (reader[0] is diagnose)
+
+
+ODD_NAMES = ("a\nb.png", "-rf.png", "--steps.png", "\u202egnp.png", "%s{x}.png", "é.png", " .png",
+             os.fsdecode(b"\xff.png"), "a" * 200 + ".png", "$(touch executed).png", "a\rb.TIFF")
+
+
+def test_odd_names_of_tiles(world):
+    """Broken tiles of odd names, links in a ring or to nowhere, a folder and a pipe named as tiles."""
+    folder = world.root / "odd" / "TUM"
+    for words in ("--strict-data", "--no-strict-data"):
+        folder.mkdir(parents=True)
+        for name in ODD_NAMES:
+            (folder / name).write_bytes(b"broken")
+        (folder / "ring.png").symlink_to("ring.png")
+        (folder / "nowhere.png").symlink_to("/nowhere")
+        (folder / "around").symlink_to(folder.parent)
+        (folder / "folder.png").mkdir()
+        os.mkfifo(folder / "pipe.png")
+        code, lines = run(train.main, [
+            "--data", "odd", "--base", "base", "--out", "new", "--cache", "new-cache", words], world.root)
+        skipped = len(ODD_NAMES) + 2 if words == "--no-strict-data" else 0
+        assert code == 2 and len(lines) == skipped + 1 and not (world.root / "new").exists(), lines
+        assert all(line.startswith("skipped odd/TUM/") for line in lines[:-1])
+        assert "executed" not in os.listdir(world.root) and all(line.isprintable() for line in lines)
+        world.restore()

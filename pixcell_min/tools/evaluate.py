@@ -284,9 +284,9 @@ def check_folder(folder, jobs, shared) -> None:
     for path in (path for path in files if path.is_file() and not path.name.startswith(".")):
         try:
             then = read_settings(path)
-        except (OSError, ValueError):  # no PNG, or no JSON in it
+        except ValueError:
             then = {}
-        if then.get("arm") not in ARMS:
+        if str(then.get("arm")) not in ARMS:
             raise ValueError(f"{path}: not drawn by evaluate; give it a folder of its own")
         changed = [f"{key} {then.get(key)} → {value}"
                    for key, value in {**shared(then["arm"]), **planned.get(path, {})}.items()
