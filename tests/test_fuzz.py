@@ -461,7 +461,7 @@ def test_odd_names_of_tiles(world):
     for words in ("--strict-data", "--no-strict-data"):
         folder.mkdir(parents=True)
         for name in ODD_NAMES:
-            (folder / name).write_bytes(b"broken")
+            (folder / name).write_bytes(os.fsencode(name))
         (folder / "ring.png").symlink_to("ring.png")
         (folder / "nowhere.png").symlink_to("/nowhere")
         (folder / "around").symlink_to(folder.parent)
