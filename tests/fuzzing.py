@@ -45,7 +45,7 @@ class Hang(BaseException):
 
 @contextlib.contextmanager
 def limits():
-    """Within the block: at most SECONDS (else `Hang`) and MEMORY (else the system's own refusal)."""
+    """Within the block: at most SECONDS (else `Hang`) and MEMORY (else the system refuses)."""
     def ring(number, frame):
         raise Hang
 
@@ -165,7 +165,7 @@ NUMBERS = (b"-1", b"0", b"65535", b"4294967296", b"9223372036854775807", b"92233
 
 
 def damage(content: bytes, random) -> bytes:
-    """1 to 3 seeded faults: flips, cuts, runs put in, zeroed or moved, extreme numbers, other heads."""
+    """1 to 3 seeded faults: flips, cuts, runs put in, zeroed, moved, extreme numbers, other heads."""
     for _ in range(random.randint(1, 3)):
         content = random.choice(FAULTS)(bytearray(content), random)
     return bytes(content)
@@ -364,7 +364,7 @@ DEEP = b"]" * 3000 + b"a" * 2999  # lists within lists, too deep for Python's ow
 
 
 def odd_archive(content: bytes, random) -> bytes:
-    """A torch.save archive packed anew: names that lead outside, damaged or missing or more members."""
+    """A torch.save archive packed anew: names that lead outside, damaged, missing, more members."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         members = [(info.filename, archive.read(info)) for info in archive.infolist()]
     at, fault = random.randrange(len(members)), random.randrange(6)
@@ -400,7 +400,8 @@ def odd_archive(content: bytes, random) -> bytes:
 ODD = (None, True, False, -1, 0, 1, 2, 3, 2**31, 2**63, 2**64, -2**63, 10**400, 0.5, 1.0, -1.5,
        1e-300, 1e308, math.nan, math.inf, -math.inf, "", " ", "x", "a\nb", "../../x", "/", "\0",
        "\ud800", "é", "0", "none", "x" * 3000, "(", "*", [], {}, [[]], [1], [1.0, 1.0, 1.0],
-       [0.0, 0.0, 0.0], [None], [-1], [2**63] * 3, {"": ""}, {"a": {"b": [1]}}, ["x", "x"], [[1, 2]])
+       [0.0, 0.0, 0.0], [None], [-1], [2**63] * 3, {"": ""}, {"a": {"b": [1]}}, ["x", "x"],
+       [[1, 2]])
 odd_values = st.sampled_from(ODD) | st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
@@ -427,7 +428,8 @@ def altered(draw, document):
         elif fault == 1:
             del place[key]
         elif fault == 2 and isinstance(place, dict):
-            place[draw(st.text(max_size=10) | st.sampled_from(NAMES))] = copy.deepcopy(draw(odd_values))
+            name = draw(st.text(max_size=10) | st.sampled_from(NAMES))
+            place[name] = copy.deepcopy(draw(odd_values))
         else:
             place[key] = copy.deepcopy(draw(odd_values))
     return document
