@@ -175,7 +175,8 @@ def read_record(run) -> list[dict]:
     """tiles.json of a run: which files it trained on. Raises: ValueError: missing or no such."""
     entries = read_json(run / "tiles.json").get("training")
     if not isinstance(entries, list) or not all(
-            isinstance(entry, dict) and {"path", "hash"} <= entry.keys() for entry in entries):
+            isinstance(entry, dict) and isinstance(entry.get(key), str)
+            for entry in entries for key in ("path", "hash")):
         raise ValueError(f'{run / "tiles.json"}: expected {{"training": [{{"path": …, "hash": …}}, '
                          "…]}, as train.py writes it")
     if any(Path(entry["path"]).suffix == ".npy" for entry in entries):
