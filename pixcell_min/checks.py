@@ -11,6 +11,7 @@ import reprlib
 from collections.abc import Callable
 from typing import NamedTuple
 
+LARGEST = 2**63 - 1  # what arithmetic with fractions and tensors can still take
 WRONG = (ValueError, TypeError, OverflowError)  # what the conversions and checks below raise
 
 
@@ -46,9 +47,9 @@ def _keep(value, condition):
 
 
 def integer(low: int, high: float = math.inf) -> Check:
-    """A whole number from low to high, both included; neither True nor 8.0."""
+    """A whole number of 64 bits from low to high, both included; neither True nor 8.0."""
     expected = f"an integer >= {low}" if high == math.inf else f"an integer from {low} to {high}"
-    return Check(expected, int, lambda v: _keep(v, type(v) is int and low <= v <= high))
+    return Check(expected, int, lambda v: _keep(v, type(v) is int and low <= v <= min(high, LARGEST)))
 
 
 def number(low: float, high: float = math.inf, *, above=False, below=False) -> Check:

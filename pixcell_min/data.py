@@ -63,7 +63,9 @@ def _visible(folder):
 
 def _images(folder):
     # A link to nowhere is kept: it is an unreadable tile to be named, not a file to overlook.
-    return [p for p in _visible(folder) if p.suffix.lower() in SUFFIXES and not p.is_dir()]
+    # A folder is no tile, nor is a pipe, which would be waited for without end.
+    return [p for p in _visible(folder) if p.suffix.lower() in SUFFIXES
+            and (p.is_file() or not p.exists())]
 
 
 def read_tile(path) -> Image.Image:

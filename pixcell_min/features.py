@@ -10,6 +10,7 @@ the training's batch size: cached equals uncached, bit for bit, on one device wi
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -184,7 +185,7 @@ def cached_features(cache_folder, tiles, compute: Callable, *, settings: dict, r
                             if contents[tile] not in entries}.values())
             if not missing:
                 break
-            changed = sum(str(tile.path.resolve()) in known_paths for tile in missing)
+            changed = sum(os.path.realpath(tile.path) in known_paths for tile in missing)
             found = sum(contents[tile] in entries for tile in tiles)
             if found or changed:
                 report(f"features: {found} of {len(tiles)} tiles are in the cache; to compute: "
@@ -280,7 +281,7 @@ def _write_shards(folder, key, parts, contents, content_of):
         tiles = [tile for part_tiles, _ in finished for tile in part_tiles]
         columns = zip(*(part for _, part in finished), strict=True)
         names = [contents[tile] for tile in tiles]
-        sources = [str(tile.path.resolve()) for tile in tiles]
+        sources = [os.path.realpath(tile.path) for tile in tiles]
         tensors = {name: torch.cat(column) for name, column in zip(NAMES, columns, strict=True)}
         name = hashlib.sha256(repr(names).encode()).hexdigest()[:16]
         written.append(folder / f"shard-{name}.safetensors")

@@ -7,6 +7,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from pixcell_min.checkpoint import write_bytes
+from pixcell_min.data import DECODE_ERRORS
 
 CAPTION_HEIGHT = 20  # px
 GAP = 4  # px between tiles
@@ -89,6 +90,10 @@ def save_png(path, image: Image.Image, settings: dict) -> None:
 
 
 def read_settings(path) -> dict:
-    """The settings that `save_png` put into a file; {} where there are none."""
-    with Image.open(path) as image:
-        return json.loads(image.info.get("pixcell_min", "{}"))
+    """The settings that `save_png` put into a file; {} where there are none. Raises: ValueError."""
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            settings = json.loads(image.info.get("pixcell_min", "{}"))
+    except (*DECODE_ERRORS, RecursionError) as error:
+        raise ValueError(f"{path}: no PNG with settings ({error})") from None
+    return settings if isinstance(settings, dict) else {}

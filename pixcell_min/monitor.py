@@ -23,6 +23,7 @@ from pixcell_min.training import VALIDATION_TIMESTEPS, diffusion_loss, optimizer
 
 GRID_STEPS = 20  # of DPM-Solver++ 2M, for the sample grids
 CURVE = "loss.png"
+LONGEST = 1e13  # seconds that an estimate tells; a timedelta holds no ten times as many
 INK = {"training": "#b8c8e0", "training, smoothed": "#1f5fbf", "validation": "#d95f02",
        "validation, averaged weights": "#2a8a4a"}
 
@@ -124,7 +125,7 @@ def estimate(pipeline, state, steps, micro_batches, batch_size, validations, num
 
 
 def _clock(seconds):
-    return str(timedelta(seconds=round(seconds)))
+    return str(timedelta(seconds=round(min(seconds, LONGEST))))
 
 
 def _peak_memory(device):

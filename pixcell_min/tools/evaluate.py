@@ -177,7 +177,8 @@ def read_record(run) -> list[dict]:
     """tiles.json of a run: which files it trained on. Raises: ValueError: missing or no such."""
     entries = read_json(run / "tiles.json").get("training")
     if not isinstance(entries, list) or not all(
-            isinstance(entry, dict) and {"path", "hash"} <= entry.keys() for entry in entries):
+            isinstance(entry, dict) and isinstance(entry.get(key), str)
+            for entry in entries for key in ("path", "hash")):
         raise ValueError(f'{run / "tiles.json"}: expected {{"training": [{{"path": …, "hash": …}}, '
                          "…]}, as train.py writes it")
     if any(Path(entry["path"]).suffix == ".npy" for entry in entries):
@@ -287,9 +288,9 @@ def check_folder(folder, jobs, shared) -> None:
     for path in (path for path in files if path.is_file() and not path.name.startswith(".")):
         try:
             then = read_settings(path)
-        except (OSError, ValueError):  # no PNG, or no JSON in it
+        except ValueError:
             then = {}
-        if then.get("arm") not in ARMS:
+        if str(then.get("arm")) not in ARMS:
             raise ValueError(f"{path}: not drawn by evaluate; give it a folder of its own")
         changed = [f"{key} {then.get(key)} → {value}"
                    for key, value in {**shared(then["arm"]), **planned.get(path, {})}.items()
