@@ -56,6 +56,24 @@ SWAPS = {ast.Add: [ast.Sub], ast.Sub: [ast.Add], ast.Mult: [ast.Div], ast.Div: [
          ast.LtE: [ast.Lt, ast.Gt], ast.Gt: [ast.GtE, ast.LtE], ast.GtE: [ast.Gt, ast.Lt]}
 NAMES = {"min": "max", "max": "min", "any": "all", "all": "any"}
 
+NO_EFFECT = {  # part of a change: why no test can show it (it counts as a survivor all the same)
+    "caption_num_tokens > 2": "the least square number above 1 is 4",
+    "table.chunk(7": "six rows in seven parts are six parts",
+    "[:, None]).chunk(3": "two rows in three parts are two parts",
+    "transpose(-1, 2)": "2 is -2 of four dimensions",
+    "append=levels[": "what is appended is met by a fraction of 0 alone",
+    "alpha=alpha[:],": "a column's entry beyond the last row is not read",
+    "sigma=sigma[:],": "a column's entry beyond the last row is not read",
+    "'XXdevice'": "only a generator on a GPU has another device",
+    "generator=generator).to(like": "only a generator on a GPU has another device",
+    "SMALLEST_SQUARE = 2e-24": "any number far below an embedding's square will do",
+    "in tensors else (2, 1)": "a file without that key is refused for it",
+    "in tensors else (1, 2)": "a file without that key is refused for it",
+    "` → `def merge(self)": "`.data` keeps no graph: it saves memory",
+    "._apply(at_least_float32)": "the base is converted before, and again is no change",
+    "_least_float32, recurse=True)": "the base is converted before, and again is no change",
+    "optimizer.zero_grad()": "it is torch's default"}
+
 
 class Mutant(NamedTuple):
     """One change, made in the tree while the generator that gave it stands there."""
@@ -386,13 +404,16 @@ def markdown(results) -> str:
         lists.append(f"\n## {name}.py\n")
         for unit in record.values():
             alive = unit["survivors"]
-            lists += [f"- {alive[number]}" for number in sorted(alive, key=int)]
+            changes = [alive[number] for number in sorted(alive, key=int)]
+            lists += [" – ".join([f"- {change}", *(why for part, why in NO_EFFECT.items()
+                                                   if part in change)]) for change in changes]
     return "\n".join([
         "# Mutants of the core", "",
         "Written by `python tests/mutation.py`, which says what a mutant is and how it is tried. "
         f"{results['date']}, {results['versions']}.", "",
         "| module | killed | mutants | % |", "|---|---|---|---|", *rows, "",
-        "Survivors, in the order of the text: the function, and what was changed.", *lists, ""])
+        "Survivors, in the order of the text: the function, and what was changed. Where no test "
+        "could tell, the reason follows; it counts as a survivor all the same.", *lists, ""])
 
 
 def stale(results) -> list[str]:

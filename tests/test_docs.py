@@ -4,6 +4,7 @@ import argparse
 import importlib
 import importlib.util
 import json
+import math
 import re
 import shlex
 import textwrap
@@ -302,6 +303,18 @@ def test_the_readmes_tables_of_adaptation_are_those_of_the_results():
             if line.count("|") == 9 and line.split("|")[1].strip() in LABELS]
     assert len(rows) == 15
     assert [line for line in rows if line not in made] == []
+
+
+def test_the_readmes_figures_of_mutants_are_those_of_the_report():
+    modules = json.loads((ROOT / "tests" / "mutants.json").read_text(encoding="utf-8"))["modules"]
+    counts = {name: "".join(unit["verdicts"] for unit in units.values())
+              for name, units in modules.items()}
+    every = "".join(counts.values())
+    least = min(its.count("k") / len(its) for its in counts.values())
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert f"{len(every):,} changes in all" in text
+    assert (f"{100 * every.count('k') / len(every):.1f} % of the changes make one fail, in no module fewer than "
+            f"{math.floor(100 * least)} %") in text
 
 
 def test_the_readmes_figures_in_words_are_those_of_the_results():

@@ -1,13 +1,20 @@
-"""The mutation check itself, on a toy."""
+"""The mutation check itself, and what tests/mutants.json says of the core."""
 
 import ast
+import json
+import re
 import signal
+import subprocess
+import sys
 import textwrap
 import time
 
+import mutation
 import pytest
+from conftest import ROOT
 from mutation import (
-    clean_run, digests, fork, is_killed, mutants, parse, passing,
+    MARKDOWN, NO_EFFECT, REQUIRED, RESULTS, TESTS, clean_run, digests, fork, is_killed, markdown,
+    mutants, parse, passing, stale, table,
 )
 
 TOY = textwrap.dedent('''\
@@ -60,7 +67,8 @@ def test_a_toy_has_these_mutants_and_no_others():
     ("x = 'a'", ["x = 'XXa'"]), ("x = min(a, b)", ["x = max(a, b)"]),
     ("x = f(a, b=c)", ["x = f(a)"]), ("x.y = a", ["pass"]), ("x = x.y", ["pass"]),
     ("x = y = z", []), ("f(a)", ["pass"]), ("x[a] = b", ["pass"]), ("x: int = 1", ["x: int = 2"]),
-    ("with a:\n    b", ["if True:\n    b"]), ("x = [a for a in b if c]", ["x = [a for a in b if not c]"]),
+    ("with a:\n    b", ["if True:\n    b"]),
+    ("x = [a for a in b if c]", ["x = [a for a in b if not c]"]),
     ("x = a if b else c", ["x = a if not b else c"]), ("@a\nclass x:\n    y", ["class x:\n    y"]),
     ("assert a", [])])
 def test_each_kind_of_change(before, after):
@@ -114,3 +122,41 @@ def test_a_module_whose_tests_fail_as_it_is_proves_nothing(tmp_path):
     path = toy_project(tmp_path, "def test_first():\n    assert toy.first([1], 2) == []\n")
     with pytest.raises(SystemExit, match="toy.py: its tests fail as it is.*test_first"):
         clean_run(path, ["test_toy.py"], tmp_path)
+
+
+@pytest.fixture
+def results():
+    return json.loads(RESULTS.read_text(encoding="utf-8"))
+
+
+def test_nine_of_ten_mutants_of_each_core_module_die(results):
+    assert results["modules"].keys() == TESTS.keys()
+    for name, (killed, count) in table(results).items():
+        assert killed >= REQUIRED * count > 50, name
+
+
+def test_the_report_is_that_of_the_results(results):
+    assert MARKDOWN.read_text(encoding="utf-8") == markdown(results)
+    survivors = sum(line.startswith("- ") for line in markdown(results).splitlines())
+    assert survivors == sum(count - killed for killed, count in table(results).values())
+
+
+def test_each_reason_is_given_to_a_survivor(results):
+    report = markdown(results)
+    for part, why in NO_EFFECT.items():
+        assert re.search(f"{re.escape(part)}.* – {re.escape(why)}$", report, re.M), part
+
+
+def test_what_makes_it_stale(results):
+    before = stale(results)
+    del results["modules"]["lora"]["LoRALinear"]
+    results["modules"]["adapter"]["gone"] = {"digest": "0", "verdicts": "", "survivors": {}}
+    assert {*stale(results)} == {*before, "lora.LoRALinear", "adapter.gone"}
+
+
+@pytest.mark.slow
+def test_the_results_are_of_this_text_and_a_sample_comes_out_as_they_say(results):
+    assert stale(results) == [], "run python tests/mutation.py: it tries what has changed"
+    done = subprocess.run([sys.executable, "tests/mutation.py", "--sample", "25"], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

@@ -215,8 +215,8 @@ def test_config_that_changes_results_is_refused(change):
 
 
 @pytest.mark.parametrize("change, words", [
-    (dict(beta_schedule="sigmoid"), "beta_schedule is 'sigmoid', expected one of linear, scaled_linear"),
-    (dict(prediction_type="x"), "prediction_type is 'x', expected one of epsilon, v_prediction"),
+    (dict(beta_schedule="sigmoid"), "^beta_schedule is 'sigmoid', expected one of linear, scaled_linear"),
+    (dict(prediction_type="x"), "^prediction_type is 'x', expected one of epsilon, v_prediction"),
     (dict(beta_start=0.0), r"\[1000, 0.0, 0.02\], expected a positive integer and two fractions")])
 def test_a_refused_config_is_named(change, words):
     with pytest.raises(ValueError, match=words):
@@ -351,7 +351,7 @@ def test_trap_6_x0_is_clamped_on_request_only():
 
 def test_trap_7_variances_that_give_nan_are_refused():
     for kind in ("fixed_large_log", "learned", "fixed_small_log", ""):
-        with pytest.raises(ValueError, match="variance_type is .*, expected one of fixed_small, fixed_large, learned_range"):
+        with pytest.raises(ValueError, match="^variance_type is .*, expected one of fixed_small, fixed_large, learned_range"):
             DDPM(SCHEDULE, variance_type=kind)
 
 
@@ -486,7 +486,7 @@ def test_trap_15_the_largest_offset_that_fits():
     assert [row.timestep for row in DDIM(SCHEDULE, steps_offset=333).steps(3)] == [999, 666, 333]
     with pytest.raises(ValueError, match=r"3 leading steps \+ offset 334 do not fit 1000 timesteps"):
         DDIM(SCHEDULE, steps_offset=334).steps(3)
-    with pytest.raises(ValueError, match="timestep_spacing is 'even', expected one of linspace, lead"):
+    with pytest.raises(ValueError, match="^timestep_spacing is 'even', expected one of linspace, lead"):
         DDIM(SCHEDULE, timestep_spacing="even")
 
 
@@ -662,7 +662,7 @@ def test_build_scheduler():
                             dpmpp_2m="linspace")
     assert build_scheduler("ddim", SCHEDULE, "trailing", 0.3) == DDIM(SCHEDULE, "trailing", eta=0.3)
     assert build_scheduler("dpmpp_2m", SCHEDULE, "leading") == DPMSolverPP2M(SCHEDULE, "leading")
-    with pytest.raises(ValueError, match="ddim, euler_ancestral, ddpm, dpmpp_2m"):
+    with pytest.raises(ValueError, match="^scheduler is 'euler', expected one of ddim, euler_ancestral"):
         build_scheduler("euler", SCHEDULE)
     with pytest.raises(ValueError, match="linspace, leading, trailing"):
         build_scheduler("ddim", SCHEDULE, spacing="")
