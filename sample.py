@@ -134,7 +134,9 @@ def sample(options) -> None:
                 "scheduler": options.scheduler, "eta": options.eta,
                 "guidance_interval": options.guidance_interval}
     made_by = {**settings, "base_hash": pipeline.base_hash, "tile_fit": fit,
-               "lora_scale": options.lora_scale, "precision": str(pipeline.dtype or "float32"),
+               "lora_scale": options.lora_scale,
+               "lora_fused": bool(options.fuse_lora and options.lora),
+               "precision": str(pipeline.dtype or "float32"),
                "decoded_in": str(pipeline.decoding_dtype or "float32"),
                "device": pipeline.device.type, "compiled": options.compile,
                "lora_hash": "-".join(file_hash(file) for path, _ in options.lora or ()
@@ -199,10 +201,10 @@ def output_names(inputs) -> dict[Path, str]:
             names[entry] = entry.stem
         else:
             raise ValueError(f"{entry}: no such tile or folder")
+    first = {}
     for path, name in names.items():
-        twin = next((other for other, its in names.items() if its == name and other != path), None)
-        if twin:
-            raise ValueError(f"{path} and {twin} would both be written as {name}; "
+        if (twin := first.setdefault(name, path)) != path:
+            raise ValueError(f"{twin} and {path} would both be written as {name}; "
                              "sample them into two --out folders")
     return names
 
