@@ -241,7 +241,7 @@ def _train_parser():
     run = parser.add_mutually_exclusive_group()
     run.add_argument("--resume", action="store_true", help="continue the run in --out")
     run.add_argument("--overwrite", action="store_true", help="replace the run in --out")
-    parser.add_argument("--dry-run", action="store_true", help="print the settings and stop")
+    parser.add_argument("--dry-run", action="store_true", help="print the settings and what the run would take, and stop")
     for name, field in FIELDS.items():
         is_switch = field.metadata["check"] is FLAG
         kind = {"action": argparse.BooleanOptionalAction} if is_switch else {"metavar": "VALUE"}

@@ -106,7 +106,7 @@ class Attention(nn.Module):
 
 
 def attend(q, k, v):
-    """softmax(q·kᵀ / √d)·v over (B, heads, N, d), softmax in float32."""
+    """softmax(q·kᵀ / √d)·v over (B, heads, N, d), in the dtype of q."""
     if (q.device.type == "cpu" and q.dtype == torch.bfloat16
             and q.shape[2] <= PLAIN_ATTENTION_UP_TO):
         # The fused kernel does not use the CPU's bfloat16 unit: with its backward this takes half.
