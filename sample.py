@@ -4,6 +4,7 @@
     python sample.py --image tiles/ --lora a.safetensors:0.7 --lora b-peft/:0.3 --adapter a.pth
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -84,7 +85,7 @@ def weighted_path(text: str) -> tuple[Path, float]:
     is the weight.
     """
     path, colon, weight = text.rpartition(":")
-    if not colon or not path or Path(text).exists():
+    if not colon or not path or os.path.exists(text):  # False for a name too long to be one
         return Path(text), 1.0
     try:
         float(weight)

@@ -58,7 +58,7 @@ def main(argv=None) -> int:
     try:
         print("\n".join(convert(options.source, options.target, options.format, options.base,
                                 options.alpha, options.overwrite)))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"convert: error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

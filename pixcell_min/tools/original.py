@@ -119,7 +119,7 @@ def main(argv=None) -> int:
     options = parser.parse_args(argv)
     try:
         write_base(options.checkpoint, options.folder)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"original: error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
