@@ -147,7 +147,7 @@ def save_tensors(path, tensors: dict[str, torch.Tensor],
                  metadata: dict[str, str] | None = None) -> None:
     """Write a flat dict of tensors atomically.
 
-    `.safetensors` takes the header metadata too, `.pth` and `.pt` tensors only. Raises: ValueError
+    `.safetensors` takes the header metadata too, `.pth`, `.pt`, `.bin` tensors only. Raises: ValueError
     for another ending or when the folder cannot be written to.
     """
     path = Path(path)

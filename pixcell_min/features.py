@@ -63,7 +63,7 @@ class Features:
     embeddings: torch.Tensor | Rows  # (N·V, S, E) float32
     tiles: list[Tile]  # N, the readable ones
     settings: dict = field(default_factory=dict)  # what they depend on beside the tiles' bytes
-    contents: list[str] = ()  # N, the content hash of each tile
+    contents: list[str] | tuple = ()  # N, the content hash of each tile
 
     @property
     def variants(self) -> int:

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 
+from pixcell_min.batches import Batch
 from pixcell_min.checkpoint import write_bytes
 from pixcell_min.data import fit_tile, read_tile
 from pixcell_min.images import curve_panel, image_grid, png_bytes, save_png
 from pixcell_min.lora import lora_disabled
 from pixcell_min.runs import read_log
-from pixcell_min.batches import Batch
 from pixcell_min.training import VALIDATION_TIMESTEPS, diffusion_loss, optimizer_step
 
 GRID_STEPS = 20  # of DPM-Solver++ 2M, for the sample grids

@@ -131,6 +131,7 @@ def compare_pairs(real, other, features, other_features, training) -> dict:
             attempt(results, f"{group}:{name}", n,
                     lambda: dict(zip(("cosine", "shuffled", "margin"), cosines().mean(1))),
                     lambda: metrics.bootstrap(lambda tiles: cosines()[:, tiles].mean(1), count))
+
         def screen(tiles):
             return metrics.memorisation_screen(
                 generated[rows(tiles)], conditions, np.stack(present(training[name])))
