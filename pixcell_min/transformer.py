@@ -72,6 +72,10 @@ class TransformerConfig:
                     type(values[key]) is int and 1 <= values[key] <= largest):
                 raise ValueError(f"{source}: {key} must be a positive integer, got "
                                  f"{reprlib.repr(values[key])}; {largest} at most")
+        latent, out = values["in_channels"], values["out_channels"]
+        if out not in (latent, 2 * latent):
+            raise ValueError(f"{source}: out_channels must be {latent} as in_channels, or "
+                             f"{2 * latent} with a learned variance, got {out}")
         values.setdefault("interpolation_scale", None)
         return cls(**values)
 
