@@ -1,8 +1,9 @@
 """UNI2-h, the frozen tile encoder: a timm vision transformer, tiles → tokens (B, S, E).
 
-Each token speaks of one crop of a √S×√S grid; S is the base's. Includes its preprocessing. The same code builds the small encoder of the embedded base, whose
-`config.json` carries `model_args`. For the real UNI2-h these arguments are not in the file (timm
-does not fill them in from the hub), so they stand here.
+Each token speaks of one crop of a √S×√S grid; S is the base's. Includes its preprocessing. The same
+code builds the small encoder of the embedded base, whose `config.json` carries `model_args`. For
+the real UNI2-h these arguments are not in the file (timm does not fill them in from the hub), so
+they stand here.
 Source: Chen et al. 2024 (UNI); the architecture is timm's `vit_giant_patch14_224`.
 """
 
