@@ -33,7 +33,8 @@ def parse_sample(argv=None):
                            description="Draw tiles that look like the given ones.")
     parser.add_argument("--image", nargs="+", required=True, type=Path,
                         help="tile, several tiles, or a folder of tiles")
-    parser.add_argument("--base", help="base folder; default: the run's, else $PIXCELL_BASE, else nano")
+    parser.add_argument("--base",
+                        help="base folder; default: the run's, else $PIXCELL_BASE, else nano")
     parser.add_argument("--run", type=Path,
                         help="run folder of train.py: its LoRA, adapter and base")
     parser.add_argument("--ema", action="store_true",

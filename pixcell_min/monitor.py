@@ -54,7 +54,7 @@ def draw_grid(path, pipeline, adapter, features, tiles, guidance_scale, seed, ti
 
 
 def draw_curve(run: Path) -> None:
-    """Draw loss.png: every step's loss, its running mean over a tenth of them, validation losses."""
+    """Draw loss.png: every step's loss, a running mean over a tenth of them, validation's."""
     lines = read_log(run)
     losses = [(line["step"], line["loss"]) for line in lines
               if line.get("loss") is not None and not line["skipped"]]
@@ -73,7 +73,7 @@ def draw_curve(run: Path) -> None:
 
 
 def open_tensorboard(run: Path, step: int):
-    """A writer into RUN/tensorboard, later steps than `step` dropped; None if it isn't installed."""
+    """A writer into RUN/tensorboard, steps after `step` dropped; None if it isn't installed."""
     if importlib.util.find_spec("tensorboard") is None:
         return None
     from torch.utils.tensorboard import SummaryWriter
@@ -117,7 +117,8 @@ def estimate(pipeline, state, steps, micro_batches, batch_size, validations, num
     return [
         "estimate from one micro-step of random tiles, on this machine as busy as it is now:",
         f"time {_clock(steps * per_step + validating)}: {steps} steps of {per_step:.3g} s, and "
-        f"{count} validations of {validating / max(count, 1):.3g} s; features and grids not counted",
+        f"{count} validations of {validating / max(count, 1):.3g} s; features and grids not "
+        "counted",
         f"memory {_peak_memory(device)} at the peak; on disk: features of {num_tiles} tiles, "
         f"{variants} variant(s) each, {features / 1e6:.0f} MB; {keep_states} saved states of "
         f"{saved / 1e6:.1f} MB"]

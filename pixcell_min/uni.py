@@ -49,10 +49,11 @@ class TileEncoder(nn.Module):
             raise ValueError(f"model_args must be a table of arguments, got {model_args!r}")
         # Keys beyond ours say nothing new: a network they would change has other tensors.
         args = UNI2H_ARGS | {k: v for k, v in (model_args or {}).items() if k in UNI2H_ARGS}
-        if any(isinstance(v, (int, float)) and not abs(v) <= (MAX_DEPTH if k == "depth" else LARGEST)
+        largest = {"depth": MAX_DEPTH}
+        if any(isinstance(v, (int, float)) and not abs(v) <= largest.get(k, LARGEST)
                for k, v in args.items()):
-            raise ValueError(f"model_args {reprlib.repr(args)}: expected a depth of {MAX_DEPTH} and "
-                             f"other numbers of {LARGEST} at most")
+            raise ValueError(f"model_args {reprlib.repr(args)}: expected a depth of {MAX_DEPTH} "
+                             f"and other numbers of {LARGEST} at most")
         try:
             self.vit = timm.create_model(
                 ARCHITECTURE, pretrained=False, num_classes=0, no_embed_class=True,

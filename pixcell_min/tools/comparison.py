@@ -142,7 +142,8 @@ def compare_pairs(real, other, features, other_features, training) -> dict:
                             for images in (real, other))
     of_tile = np.repeat(nuclei, per_tile)
     attempt(results, "nuclei", n,
-            lambda: dict(zip(("pearson", "spearman"), correlations(*varied(of_tile, drawn_nuclei)))),
+            lambda: dict(zip(("pearson", "spearman"),
+                             correlations(*varied(of_tile, drawn_nuclei)))),
             lambda: metrics.bootstrap(lambda tiles: correlations(
                 of_tile[rows(tiles)], drawn_nuclei[rows(tiles)]), count))
     return results

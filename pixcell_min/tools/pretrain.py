@@ -526,7 +526,7 @@ def main(arguments=None):
     parser.add_argument("--measure", type=Path,
                         help="folder of tiles never trained on, for the VAE's PSNR")
     parser.add_argument("--start-from", type=Path,
-                        help="base folder whose weights to carry on from, unless --work has a state")
+                        help="base folder to carry on from, unless --work has a state")
     parser.add_argument("--stage", choices=("all", "vae", "joint"), default="all")
     parser.add_argument("--freeze-encoder", action="store_true",
                         help="train the transformer alone, the encoder as --start-from has it")
