@@ -4,6 +4,7 @@
     python sample.py --image tiles/ --lora a.safetensors:0.7 --lora b-peft/:0.3 --adapter a.pth
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -32,7 +33,8 @@ def parse_sample(argv=None):
                            description="Draw tiles that look like the given ones.")
     parser.add_argument("--image", nargs="+", required=True, type=Path,
                         help="tile, several tiles, or a folder of tiles")
-    parser.add_argument("--base", help="base folder; default: the run's, else $PIXCELL_BASE, else nano")
+    parser.add_argument("--base",
+                        help="base folder; default: the run's, else $PIXCELL_BASE, else nano")
     parser.add_argument("--run", type=Path,
                         help="run folder of train.py: its LoRA, adapter and base")
     parser.add_argument("--ema", action="store_true",
@@ -84,7 +86,7 @@ def weighted_path(text: str) -> tuple[Path, float]:
     is the weight.
     """
     path, colon, weight = text.rpartition(":")
-    if not colon or not path or Path(text).exists():
+    if not colon or not path or os.path.exists(text):  # False for a name too long to be one
         return Path(text), 1.0
     try:
         float(weight)
@@ -134,7 +136,9 @@ def sample(options) -> None:
                 "scheduler": options.scheduler, "eta": options.eta,
                 "guidance_interval": options.guidance_interval}
     made_by = {**settings, "base_hash": pipeline.base_hash, "tile_fit": fit,
-               "lora_scale": options.lora_scale, "precision": str(pipeline.dtype or "float32"),
+               "lora_scale": options.lora_scale,
+               "lora_fused": bool(options.fuse_lora and options.lora),
+               "precision": str(pipeline.dtype or "float32"),
                "decoded_in": str(pipeline.decoding_dtype or "float32"),
                "device": pipeline.device.type, "compiled": options.compile,
                "lora_hash": "-".join(file_hash(file) for path, _ in options.lora or ()
@@ -199,10 +203,10 @@ def output_names(inputs) -> dict[Path, str]:
             names[entry] = entry.stem
         else:
             raise ValueError(f"{entry}: no such tile or folder")
+    first = {}
     for path, name in names.items():
-        twin = next((other for other, its in names.items() if its == name and other != path), None)
-        if twin:
-            raise ValueError(f"{path} and {twin} would both be written as {name}; "
+        if (twin := first.setdefault(name, path)) != path:
+            raise ValueError(f"{twin} and {path} would both be written as {name}; "
                              "sample them into two --out folders")
     return names
 

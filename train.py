@@ -106,7 +106,8 @@ def train(config: Config, options, command, processes=Processes()) -> int:
     training_rows = features.rows(training)
     # What a saved state must agree with to be continued.
     identity = {"base_hash": pipeline.base_hash, "dtype": str(dtype),
-                "tiles": features.fingerprint(training), "held_out": features.fingerprint(validation)}
+                "tiles": features.fingerprint(training),
+                "held_out": features.fingerprint(validation)}
     total = total_steps(config, len(training))
     classes = group_by_class(training) if config.class_balanced else None
     batches_of = partial(draw_micro_batches, features, training_rows, schedule, config.batch_size,
@@ -203,7 +204,7 @@ def validate(state: TrainingState, measure, note) -> None:
 
 def fit(config: Config, total: int, state: TrainingState, loss_of, batches_of, note, check, draw,
         save, stop, processes) -> None:
-    """Steps until `total` are made, a signal comes or validation stops improving; then all is saved."""
+    """Steps until `total` are made, a signal comes or validation no longer improves; then save."""
     state.transformer.train(), state.adapter.train()
     progress, began = state.progress, time.monotonic()
 
@@ -295,13 +296,13 @@ def preview(config: Config, processes=Processes()) -> None:
     every = config.validate_every or steps
     for line in estimate(
             pipeline, state, steps, config.gradient_accumulation_steps // processes.size,
-            config.batch_size, (1 + math.ceil(steps / every), min(held_out, MAX_VALIDATION_TILES)), count,
-            8 if config.dihedral and not config.features else 1, config.keep_states):
+            config.batch_size, (1 + math.ceil(steps / every), min(held_out, MAX_VALIDATION_TILES)),
+            count, 8 if config.dihedral and not config.features else 1, config.keep_states):
         comment(line)
     if not config.features:
         size = sum(path.stat().st_size for path in feature_files(config.base))
-        comment(f"encoding tiles that are not in the cache: {size / 1e6:.0f} MB of VAE and encoder, "
-                "let go before training starts")
+        comment(f"encoding tiles that are not in the cache: {size / 1e6:.0f} MB of VAE and "
+                "encoder, let go before training starts")
     print(to_yaml(config), end="")
 
 

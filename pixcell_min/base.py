@@ -168,7 +168,8 @@ def features_hash(base) -> str:
     Two bases may share the files and yet cut tiles into other crops. Raises: ValueError.
     """
     tokens = _num_tokens(find_base(base))
-    return "-".join([*map(file_hash, feature_files(base)), *([f"{tokens}tokens"] if tokens > 1 else [])])
+    crops = [f"{tokens}tokens"] if tokens > 1 else []
+    return "-".join([*map(file_hash, feature_files(base)), *crops])
 
 
 @lru_cache(maxsize=1)

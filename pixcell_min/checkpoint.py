@@ -23,8 +23,8 @@ from safetensors.torch import save_file
 
 PICKLE_SUFFIXES = (".bin", ".pth", ".pt")
 # All that torch.load was seen to raise when files were cut or their bytes flipped.
-BROKEN_PICKLE = (pickle.UnpicklingError, struct.error, zipfile.BadZipFile, AssertionError,
-                 AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+BROKEN_PICKLE = (pickle.UnpicklingError, struct.error, zipfile.BadZipFile, AssertionError, EOFError,
+                 AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 STATE_FORMAT = 3  # raise it whenever a state would be continued otherwise than it was begun
 MAX_NAMED_KEYS = 3  # an error line names this many keys of each kind and counts the rest
 
@@ -97,10 +97,10 @@ def _read_pickle(path):
         raise ValueError(f"{path}: refused, not a plain file of tensors ({cause}); "
                          "expected weights only") from None
     if not isinstance(content, dict) or not all(
-        isinstance(key, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided
-        for key, value in content.items()
-    ):
-        raise ValueError(f"{path}: expected a flat dict of dense tensors, got {type(content).__name__}")
+            isinstance(key, str) and isinstance(value, torch.Tensor)
+            and value.layout == torch.strided for key, value in content.items()):
+        kind = type(content).__name__
+        raise ValueError(f"{path}: expected a flat dict of dense tensors, got {kind}")
     return content
 
 
@@ -147,8 +147,8 @@ def save_tensors(path, tensors: dict[str, torch.Tensor],
                  metadata: dict[str, str] | None = None) -> None:
     """Write a flat dict of tensors atomically.
 
-    `.safetensors` takes the header metadata too, `.pth` and `.pt` tensors only. Raises: ValueError
-    for another ending or when the folder cannot be written to.
+    `.safetensors` takes the header metadata too, `.pth`, `.pt`, `.bin` tensors only.
+    Raises: ValueError for another ending or when the folder cannot be written to.
     """
     path = Path(path)
     plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
@@ -164,7 +164,7 @@ def save_tensors(path, tensors: dict[str, torch.Tensor],
 
 
 def _sort_header(path):
-    """Order a safetensors file's header, whose metadata safetensors itself writes in random order."""
+    """Order a safetensors file's header, whose metadata safetensors writes in random order."""
     with open(path, "r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.dumps(json.loads(file.read(size)), sort_keys=True, ensure_ascii=False,
@@ -289,7 +289,7 @@ def write_text(path, text: str) -> None:
 
 
 def replace_file(path: Path, write) -> None:
-    """Call `write(temporary)`, flush, rename: readers see old or new. Raises: ValueError: cannot."""
+    """Call `write(temporary)`, flush, rename: readers see old or new. Raises: ValueError."""
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -40,7 +40,8 @@ class Config:
     data: str | None = _setting(
         None, TEXT_OR_NULL, "path", "folder of class folders or of images; null: procedural tiles")
     features: str | None = _setting(
-        None, TEXT_OR_NULL, "path", "folder of precomputed *_sd3_vae.npy, *_uni.npy instead of data")
+        None, TEXT_OR_NULL, "path",
+        "folder of precomputed *_sd3_vae.npy, *_uni.npy instead of data")
     base: str = _setting(
         "weights/pixcell-nano", TEXT, "path", "base model: transformer/ vae/ scheduler/ uni/")
     out: str = _setting("runs/lora", TEXT, "path", "run folder")
@@ -87,7 +88,8 @@ class Config:
     min_snr_gamma: float = _setting(
         5.0, positive_float, "factor", "min_snr's: an error of x0 counts so often at most")
     vlb_weight: float = _setting(
-        0.0, nonnegative_float, "factor", "of the learned variance's bound, summed over t (paper: 0.001); 0: none")
+        0.0, nonnegative_float, "factor",
+        "of the learned variance's bound, summed over t (paper: 0.001); 0: none")
     class_balanced: bool = _setting(False, FLAG, "switch", "draw every class equally often")
     ema_decay: float = _setting(
         0.0, DROPOUT, "factor", "also keep averaged weights (0.999 usual); 0: none")
@@ -241,7 +243,8 @@ def _train_parser():
     run = parser.add_mutually_exclusive_group()
     run.add_argument("--resume", action="store_true", help="continue the run in --out")
     run.add_argument("--overwrite", action="store_true", help="replace the run in --out")
-    parser.add_argument("--dry-run", action="store_true", help="print the settings and stop")
+    parser.add_argument("--dry-run", action="store_true",
+                        help="print the settings and what the run would take, and stop")
     for name, field in FIELDS.items():
         is_switch = field.metadata["check"] is FLAG
         kind = {"action": argparse.BooleanOptionalAction} if is_switch else {"metavar": "VALUE"}

@@ -24,7 +24,7 @@ LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", 
 
 
 class _Loss(torch.nn.Module):
-    """A loss and the parameters it trains as a module: DistributedDataParallel wraps nothing else."""
+    """A loss and the parameters it trains, as a module: what DistributedDataParallel wraps."""
 
     def __init__(self, loss_of, parameters):
         super().__init__()
@@ -65,11 +65,11 @@ class Processes:
         return f"cuda:{self.local_rank}" if cuda else name
 
     def parallel(self, loss_of, parameters):
-        """`loss_of`(batch), whose gradients for these parameters are averaged over the processes."""
+        """`loss_of`(batch), its gradients for these parameters averaged over the processes."""
         return loss_of if self.size == 1 else DistributedDataParallel(_Loss(loss_of, parameters))
 
     def apart(self, loss_of):
-        """Context of a backward whose gradients are kept back, to be averaged with a later one's."""
+        """Context of a backward whose gradients wait, to be averaged with a later one's."""
         return nullcontext() if self.size == 1 else loss_of.no_sync()
 
     def mean(self, value: float) -> float:
@@ -107,12 +107,13 @@ class Processes:
         differing = [f"{name} is {identity[name]}, in process 0 {text}" for name, text in
                      self.from_first(lambda: identity).items() if identity[name] != text]
         if self.highest(len(differing)):
-            raise ValueError(f"process {self.rank}: {'; '.join(differing) or 'another one differs'}; "
-                             "give all machines the same weights, tiles and settings")
+            what = "; ".join(differing) or "another one differs"
+            raise ValueError(f"process {self.rank}: {what}; give all "
+                             "machines the same weights, tiles and settings")
 
     @contextmanager
     def one_first(self):
-        """The block runs in one process of each machine, then in its others: they find its files."""
+        """The block runs in one process of a machine, then in its others: they find its files."""
         if self.local_rank:
             self._wait()
         yield
@@ -135,8 +136,8 @@ def joined(device: str):
         return
     names = "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
     if missing := [name for name in names if name not in os.environ]:
-        raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but {', '.join(missing)} is not "
-                         "set; start with torchrun, or unset WORLD_SIZE")
+        raise ValueError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']} but {', '.join(missing)} is "
+                         "not set; start with torchrun, or unset WORLD_SIZE")
     processes = Processes(*(int(os.environ[name]) for name in names[:3]))
     cuda = device != "cpu" and torch.cuda.is_available()
     if cuda and processes.local_rank >= torch.cuda.device_count():

@@ -64,7 +64,7 @@ class Features:
     embeddings: torch.Tensor | Rows  # (N·V, S, E) float32
     tiles: list[Tile]  # N, the readable ones
     settings: dict = field(default_factory=dict)  # what they depend on beside the tiles' bytes
-    contents: list[str] = ()  # N, the content hash of each tile
+    contents: list[str] | tuple = ()  # N, the content hash of each tile
 
     @property
     def variants(self) -> int:
@@ -91,7 +91,7 @@ class Features:
         return mean + self.std[rows] * torch.randn(mean.shape, generator=generator)
 
     def fingerprint(self, tiles) -> str:
-        """SHA-256 of all that the features of these tiles depend on, in order, and of their labels."""
+        """SHA-256 of all that these tiles' features depend on, in order, and of their labels."""
         content = dict(zip(self.tiles, self.contents, strict=True))
         return _key(self.settings, [(content[tile], tile.label) for tile in tiles])
 
@@ -138,8 +138,8 @@ def cached_images(cache_folder, tiles, encode: Callable, *, base_hash: str, size
     """`cached_features` of images: loaded by `load_tiles`, encoded by `encode_tiles`.
 
     base_hash: of VAE and encoder. device: where `encode` computes; another type has a cache of its
-    own. Every call of `encode` gets ENCODE_BATCH images. Raises: ValueError as `cached_features` and
-    `load_tiles`.
+    own. Every call of `encode` gets ENCODE_BATCH images. Raises: ValueError as `cached_features`
+    and `load_tiles`.
     """
     def encode_full(images):
         filled = images + images[-1:] * (ENCODE_BATCH - len(images))  # the last batch, too

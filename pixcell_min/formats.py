@@ -99,7 +99,8 @@ def read_lora(path, model=None, alpha=None) -> LoRAFile:
         layers = _diffusers_layers(state, header.pop(DIFFUSERS_CONFIG, None), alpha, path)
     elif any(key.startswith(PEFT_PREFIX) for key in tensors):
         raise ValueError(f"{path}: unknown alpha: no readable lora_config in its header, and it is "
-                         f"no {PEFT_WEIGHTS[0]} with {PEFT_CONFIG} beside it; copy the whole folder")
+                         f"no {PEFT_WEIGHTS[0]} with {PEFT_CONFIG} beside it; copy the whole "
+                         "folder")
     else:
         raise ValueError(f"{path}: no LoRA file known here, its first key is "
                          f"{next(iter(tensors))!r}; expected {PEFT_PREFIX}…, {DIFFUSERS_PREFIX}… "
@@ -178,7 +179,7 @@ def _names(state):
 
 
 def _check(layers, state, model, path):
-    """Pairs, shapes, numbers: against the model's layers, or without a model one against another."""
+    """Pairs, shapes, numbers: against the model's layers, without a model one against another."""
     def size(key, dim):
         return state[key].shape[dim] if key in state and state[key].ndim == 2 else "?"
 
@@ -293,8 +294,8 @@ def _read_authors(tensors, model, path):
     rest = {key.replace(".base_layer.", "."): tensor for key, tensor in tensors.items()
             if ".lora_" not in key}
     if not state or len(state) + len(rest) != len(tensors):
-        raise ValueError(f"{path}: a state dict with .base_layer. but no LoRA pairs, or with others "
-                         "than .lora_A.default.weight and .lora_B.default.weight")
+        raise ValueError(f"{path}: a state dict with .base_layer. but no LoRA pairs, or with "
+                         "others than .lora_A.default.weight and .lora_B.default.weight")
     if model is not None:
         base = model.state_dict()
         if wrong := sorted(base.keys() ^ rest.keys()):

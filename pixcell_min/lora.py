@@ -28,7 +28,10 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base, rank, alpha, dropout=0.0, init="kaiming", use_rslora=False,
                  generator=None):
-        """`init` of A: kaiming U(±1/√in), gaussian N(0, std 1/R). Raises: ValueError as check_settings."""
+        """`init` of A: kaiming U(±1/√in), gaussian N(0, std 1/R).
+
+        Raises: ValueError as check_settings.
+        """
         super().__init__()
         check_settings(type(base).__name__, rank, alpha, dropout, init)
         # Drawn where the generator lives: a CPU generator gives one start for every device.
@@ -133,7 +136,8 @@ def inject_lora(model, rank, alpha, targets=DEFAULT_TARGETS, within=("attn1", "a
     for name, its in ranks.items():  # here alone: a file may hold more, peft and stacks do
         largest = min(linears[name].in_features, linears[name].out_features)
         if type(its) is not int or not 1 <= its <= largest:
-            raise ValueError(f"{name}: LoRA rank must be 1 to min(in, out) = {largest}, got {its!r}")
+            raise ValueError(f"{name}: LoRA rank must be 1 to min(in, out) = {largest}, "
+                             f"got {its!r}")
     _install(model, {name: (ranks[name], value(alpha_pattern, name, alpha), dropout, init,
                             use_rslora, generator) for name in names})
     return names
@@ -305,7 +309,8 @@ def install_lora(model, layers, state, source="LoRA", scale=1.0) -> None:
     Raises: ValueError, with the model untouched, if it holds LoRA or any layer or tensor misfits.
     """
     linears = plain_linears(model)
-    known = {name: [its[key] for key in SETTINGS] for name, its in layers.items() if name in linears}
+    known = {name: [its[key] for key in SETTINGS]
+             for name, its in layers.items() if name in linears}
     check_state(state, {name: (linears[name].in_features, linears[name].out_features, its[0])
                         for name, its in known.items()}, source)
     _install(model, {name: (*three, "kaiming", rs) for name, (*three, rs) in known.items()})

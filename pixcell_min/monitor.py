@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 
+from pixcell_min.batches import Batch
 from pixcell_min.checkpoint import write_bytes
 from pixcell_min.data import fit_tile, read_tile
 from pixcell_min.images import curve_panel, image_grid, png_bytes, save_png
 from pixcell_min.lora import lora_disabled
 from pixcell_min.runs import read_log
-from pixcell_min.batches import Batch
 from pixcell_min.training import VALIDATION_TIMESTEPS, diffusion_loss, optimizer_step
 
 GRID_STEPS = 20  # of DPM-Solver++ 2M, for the sample grids
@@ -55,7 +55,7 @@ def draw_grid(path, pipeline, adapter, features, tiles, guidance_scale, seed, ti
 
 
 def draw_curve(run: Path) -> None:
-    """Draw loss.png: every step's loss, its running mean over a tenth of them, validation losses."""
+    """Draw loss.png: every step's loss, a running mean over a tenth of them, validation's."""
     lines = read_log(run)
     losses = [(line["step"], line["loss"]) for line in lines
               if line.get("loss") is not None and not line["skipped"]]
@@ -74,7 +74,7 @@ def draw_curve(run: Path) -> None:
 
 
 def open_tensorboard(run: Path, step: int):
-    """A writer into RUN/tensorboard, later steps than `step` dropped; None if it isn't installed."""
+    """A writer into RUN/tensorboard, steps after `step` dropped; None if it isn't installed."""
     if importlib.util.find_spec("tensorboard") is None:
         return None
     from torch.utils.tensorboard import SummaryWriter
@@ -118,7 +118,8 @@ def estimate(pipeline, state, steps, micro_batches, batch_size, validations, num
     return [
         "estimate from one micro-step of random tiles, on this machine as busy as it is now:",
         f"time {_clock(steps * per_step + validating)}: {steps} steps of {per_step:.3g} s, and "
-        f"{count} validations of {validating / max(count, 1):.3g} s; features and grids not counted",
+        f"{count} validations of {validating / max(count, 1):.3g} s; features and grids not "
+        "counted",
         f"memory {_peak_memory(device)} at the peak; on disk: features of {num_tiles} tiles, "
         f"{variants} variant(s) each, {features / 1e6:.0f} MB; {keep_states} saved states of "
         f"{saved / 1e6:.1f} MB"]

@@ -89,7 +89,7 @@ class PixCellPipeline:
         return self._load_encoder()
 
     def release(self) -> None:
-        """Let go of vae and encoder, which training does not need; the next use loads them again."""
+        """Let go of vae and encoder, which training does not need; the next use loads them anew."""
         for name in ("vae", "encoder"):
             self.__dict__.pop(name, None)  # where cached_property keeps it
 
@@ -148,8 +148,8 @@ class PixCellPipeline:
         if not math.isfinite(guidance_scale):
             raise ValueError(f"guidance_scale is {guidance_scale}, expected a finite number")
         if guidance_interval and not 0 <= guidance_interval[0] <= guidance_interval[1]:
-            raise ValueError(f"guidance_interval is {guidance_interval}, expected two noise levels, "
-                             "0 <= low <= high")
+            raise ValueError(f"guidance_interval is {guidance_interval}, expected two noise "
+                             "levels, 0 <= low <= high")
         sampler = build_scheduler(scheduler, self.schedule, eta=eta)
         _ = self.vae  # loaded now: that its file is missing should not be said after the drawing
         progress = progress or (
@@ -181,7 +181,7 @@ class PixCellPipeline:
 
     @property
     def decoding_dtype(self) -> torch.dtype | None:
-        """Autocast dtype of the decoder: float16 would overflow there, bfloat16 has float32's range."""
+        """Autocast dtype of the decoder: float16 would overflow there, bfloat16 would not."""
         return self.dtype if self.dtype == torch.bfloat16 else None
 
     @torch.no_grad()

@@ -71,8 +71,9 @@ def refusal(error) -> str | None:
     sentences = " ".join(str(error).split()).split(". ")  # torch goes on with advice of its own
     if isinstance(error, MemoryError) or any(
             words in str(error).lower() for words in ("out of memory", "can't allocate memory")):
-        return (f"{'. '.join(sentences[:2]) or 'out of memory'}; free some, or start anew with --gradient-checkpointing "
-                "or a smaller --batch-size and more --gradient-accumulation-steps")
+        return (f"{'. '.join(sentences[:2]) or 'out of memory'}; free some, or start anew with "
+                "--gradient-checkpointing or a smaller --batch-size and more "
+                "--gradient-accumulation-steps")
     if "deterministic" in str(error).lower():
         return f"{sentences[0]}; start anew without --deterministic"
     return None

@@ -1,6 +1,6 @@
 """Latents and embeddings that PixCell's authors' extraction wrote, in place of images.
 
-    <tile>_sd3_vae.npy  float16 (2C, H, W): the posterior's mean, then its std, of *unscaled* latents
+    <tile>_sd3_vae.npy  float16 (2C, H, W): the posterior's mean, then std, of *unscaled* latents
     <tile>_uni.npy      float16 (S, E): UNI2-h embeddings, one for each crop of 256 px
 
 in any depth of folders. The authors' training takes latents as (z − shift)·scale; here that is done

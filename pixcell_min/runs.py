@@ -1,8 +1,8 @@
 """What a run keeps on disk, and how it goes on: record, settings, tiles, log, states, shared files.
 
-A kill at any moment leaves a folder that `--resume` continues bit for bit: every file but the log is
-written whole or not at all, a state before the files to share, and older states go last. Knows no
-setting by name and no network.
+A kill at any moment leaves a folder that `--resume` continues bit for bit: every file but the log
+is written whole or not at all, a state before the files to share, and older states go last. Knows
+no setting by name and no network.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ PACKAGES = ("torch", "numpy", "timm", "safetensors", "einops", "pillow")
 
 
 def check_new(run: Path, overwrite: bool) -> None:
-    """Refuse a folder in use, unless it is a run to be replaced, or not writable. Raises: ValueError."""
+    """Refuse a folder not writable or in use, but by a run to be replaced. Raises: ValueError."""
     if run.is_file() or (run.is_dir() and any(not _is_temporary(path) for path in run.iterdir())):
         resume = f"go on with {resume_command(run)}, " if state_files(run) else ""
         if not overwrite:
@@ -67,7 +67,7 @@ def require_state(run: Path) -> None:
 
 
 def check_resumable(run: Path) -> None:
-    """Raises: ValueError unless the folder holds a run that can go on, before anything is written."""
+    """Raises: ValueError unless the folder holds a run that can go on; nothing is written yet."""
     require_state(run)
     check_writable(run)
     read_sessions(run)
@@ -119,14 +119,16 @@ def describe_session(command, hashes: dict, code, **facts) -> dict:
     """
     digest = hashlib.sha256("".join(checkpoint.file_hash(path) for path in sorted(code)).encode())
     return {"started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "command": shlex.join(command), **facts, "hashes": {**hashes, "code": digest.hexdigest()},
+            "command": shlex.join(command), **facts,
+            "hashes": {**hashes, "code": digest.hexdigest()},
             "versions": {"python": platform.python_version(),
                          **{name: version(name) for name in PACKAGES}},
             "threads": torch.get_num_threads(), "system": platform.platform(),
             "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
 
 
-def start_run(run: Path, overwrite: bool, session: dict, settings: str, training, validation) -> None:
+def start_run(run: Path, overwrite: bool, session: dict, settings: str, training,
+              validation) -> None:
     """Record, tiles, settings; --overwrite deletes a run's own files, now that all else is good.
 
     The record comes first: a folder that has it may be overwritten. tiles.json names what was
@@ -309,5 +311,6 @@ def shared_files(run: Path, ema: bool = False) -> tuple[Path, Path]:
     steps = [checkpoint.read_tensors(path)[1].get("step") for path in paths]
     if steps[0] != steps[1]:
         raise ValueError(f"{run}: {paths[0].name} is of step {steps[0]}, {paths[1].name} of step "
-                         f"{steps[1]}: the run was killed while it wrote them; mend it by {resume_command(run)}")
+                         f"{steps[1]}: the run was killed while it wrote them; mend it by "
+                         f"{resume_command(run)}")
     return paths

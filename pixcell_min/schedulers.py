@@ -65,7 +65,8 @@ class NoiseSchedule:
         prediction_type = config.get("prediction_type", "epsilon")
         count, trained = config.get("num_train_timesteps", 1000), config.get("trained_betas")
         if trained is not None:
-            if not isinstance(trained, list) or [type(b) for b in trained] != [float] * len(trained):
+            if not isinstance(trained, list) or (
+                    [type(b) for b in trained] != [float] * len(trained)):
                 raise ValueError("scheduler config: trained_betas, expected a list of fractions")
             if len(trained) != count:
                 raise ValueError(f"scheduler config: trained_betas, expected a list of {count}")

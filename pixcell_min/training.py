@@ -176,7 +176,7 @@ class TrainingState:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def state_dict(self) -> dict:
-        """Nested dicts of CPU tensors and numbers; `load_state_dict` of it goes on bit for bit."""
+        """Nested dicts of tensors and numbers; `load_state_dict` of it goes on bit for bit."""
         return {"progress": asdict(self.progress), "lora": lora_state_dict(self.transformer),
                 "adapter": self.adapter.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
@@ -252,6 +252,7 @@ def validation_loss(transformer, adapter, schedule, features, rows, batch_size: 
     generator = generator_for(seed, "validation")
     width = schedule.num_train_timesteps / VALIDATION_TIMESTEPS
     timesteps = ((ranges + torch.rand(len(rows), generator=generator)) * width).long()
+    timesteps.clamp_(max=schedule.num_train_timesteps - 1)  # 7 + 0.99999999 rounds to 8
     total, bands = 0.0, torch.zeros(VALIDATION_TIMESTEPS, dtype=torch.float64)
     for part in torch.arange(len(rows)).split(batch_size):
         chosen = rows[part]

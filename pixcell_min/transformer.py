@@ -72,6 +72,10 @@ class TransformerConfig:
                     type(values[key]) is int and 1 <= values[key] <= largest):
                 raise ValueError(f"{source}: {key} must be a positive integer, got "
                                  f"{reprlib.repr(values[key])}; {largest} at most")
+        latent, out = values["in_channels"], values["out_channels"]
+        if out not in (latent, 2 * latent):
+            raise ValueError(f"{source}: out_channels must be {latent} as in_channels, or "
+                             f"{2 * latent} with a learned variance, got {out}")
         values.setdefault("interpolation_scale", None)
         return cls(**values)
 
@@ -106,7 +110,7 @@ class Attention(nn.Module):
 
 
 def attend(q, k, v):
-    """softmax(q·kᵀ / √d)·v over (B, heads, N, d), softmax in float32."""
+    """softmax(q·kᵀ / √d)·v over (B, heads, N, d), in the dtype of q."""
     if (q.device.type == "cpu" and q.dtype == torch.bfloat16
             and q.shape[2] <= PLAIN_ATTENTION_UP_TO):
         # The fused kernel does not use the CPU's bfloat16 unit: with its backward this takes half.

@@ -1,8 +1,9 @@
 """UNI2-h, the frozen tile encoder: a timm vision transformer, tiles → tokens (B, S, E).
 
-Each token speaks of one crop of a √S×√S grid; S is the base's. Includes its preprocessing. The same code builds the small encoder of the embedded base, whose
-`config.json` carries `model_args`. For the real UNI2-h these arguments are not in the file (timm
-does not fill them in from the hub), so they stand here.
+Each token speaks of one crop of a √S×√S grid; S is the base's. Includes its preprocessing. The same
+code builds the small encoder of the embedded base, whose `config.json` carries `model_args`. For
+the real UNI2-h these arguments are not in the file (timm does not fill them in from the hub), so
+they stand here.
 Source: Chen et al. 2024 (UNI); the architecture is timm's `vit_giant_patch14_224`.
 """
 
@@ -48,10 +49,11 @@ class TileEncoder(nn.Module):
             raise ValueError(f"model_args must be a table of arguments, got {model_args!r}")
         # Keys beyond ours say nothing new: a network they would change has other tensors.
         args = UNI2H_ARGS | {k: v for k, v in (model_args or {}).items() if k in UNI2H_ARGS}
-        if any(isinstance(v, (int, float)) and not abs(v) <= (MAX_DEPTH if k == "depth" else LARGEST)
+        largest = {"depth": MAX_DEPTH}
+        if any(isinstance(v, (int, float)) and not abs(v) <= largest.get(k, LARGEST)
                for k, v in args.items()):
-            raise ValueError(f"model_args {reprlib.repr(args)}: expected a depth of {MAX_DEPTH} and "
-                             f"other numbers of {LARGEST} at most")
+            raise ValueError(f"model_args {reprlib.repr(args)}: expected a depth of {MAX_DEPTH} "
+                             f"and other numbers of {LARGEST} at most")
         try:
             self.vit = timm.create_model(
                 ARCHITECTURE, pretrained=False, num_classes=0, no_embed_class=True,

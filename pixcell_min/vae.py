@@ -64,14 +64,15 @@ class VAEConfig:
                     for n in numbers):
                 raise ValueError(f"{source}: {name} must be a positive number, {LARGEST} at most, "
                                  f"got {reprlib.repr(value)}")
-        if values["layers_per_block"] > MAX_LAYERS or len(values["block_out_channels"]) > MAX_STAGES:
+        layers, widths = values["layers_per_block"], values["block_out_channels"]
+        if layers > MAX_LAYERS or len(widths) > MAX_STAGES:
             raise ValueError(f"{source}: expected at most {MAX_STAGES} block_out_channels and "
                              f"layers_per_block {MAX_LAYERS}")
-        groups, widths = values["norm_num_groups"], values["block_out_channels"]
+        groups = values["norm_num_groups"]
         if any(width % groups for width in widths):
             raise ValueError(f"{source}: block_out_channels {widths} must be multiples of "
                              f"norm_num_groups {groups}")
-        return cls(**{**values, "block_out_channels": tuple(values["block_out_channels"])})
+        return cls(**{**values, "block_out_channels": tuple(widths)})
 
     @property
     def downscale(self) -> int:

@@ -1,7 +1,7 @@
 """The variational bound that trains a learned variance, an option beside the loss on epsilon.
 
     L = Σ_t L_t ≈ T·L_t at a drawn t,
-    L_t = KL( q(x_{t−1} | x_t, x0) ‖ N(μ_θ, Σ_θ) ),   Σ_θ = exp(f·log β + (1−f)·log β̃),  f = (v+1)/2
+    L_t = KL( q(x_{t−1} | x_t, x0) ‖ N(μ_θ, Σ_θ) ),  Σ_θ = exp(f·log β + (1−f)·log β̃),  f = (v+1)/2
 Nichol & Dhariwal 2021, eq. 4 and 15; v is the second half of the network's output channels.
 """
 

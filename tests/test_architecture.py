@@ -91,6 +91,12 @@ def test_the_core_imports_no_tool_and_no_script():
         assert not imports(path) & {"train", "sample"}, path.name
 
 
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.name)
+def test_no_line_is_longer_than_a_hundred_columns(path):
+    lines = enumerate(path.read_text().splitlines(), 1)
+    assert [number for number, line in lines if len(line) > 100] == []
+
+
 @pytest.mark.parametrize("path", CORE + SCRIPTS, ids=lambda path: path.name)
 def test_lengths(path):
     lines = path.read_text().splitlines()

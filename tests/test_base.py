@@ -166,6 +166,16 @@ def test_what_features_depend_on(own_base, part, changes):
     assert (features_hash(own_base) != before) == changes
 
 
+def test_output_channels_are_those_of_the_latents_or_twice_as_many(tmp_path):
+    """One channel would be broadcast over sixteen by the loss, and refused at the first image."""
+    base = write_base(tmp_path / "plain", out_channels=16)
+    load_pixcell_base(base, "cpu")
+    path = base / "transformer" / "config.json"
+    path.write_text(path.read_text().replace('"out_channels": 16', '"out_channels": 1'))
+    assert refusal(load_pixcell_base, base, "cpu").endswith(
+        "out_channels must be 16 as in_channels, or 32 with a learned variance, got 1")
+
+
 def test_the_default_encoder_is_the_default_bases(tiny_base, tmp_path, monkeypatch):
     image = Image.new("RGB", (28, 28), (200, 120, 180))
     monkeypatch.setenv("PIXCELL_BASE", str(tiny_base))

@@ -1,6 +1,7 @@
 """What flags accept, and command lines whose errors are one line."""
 
 import argparse
+import importlib
 
 import pytest
 
@@ -19,6 +20,22 @@ def test_parser_for_other_scripts_is_one_line_too(capsys):
         assert stopped.value.code == 2
         assert capsys.readouterr().err == (
             f"sample.py: error: argument --steps: expected an integer from 1 to 1000, got '{text}'\n")
+
+
+@pytest.mark.parametrize("program, command", [
+    ("sample", "--image x --lora NAME:0.5 --run NAME"), ("train", "--data NAME"),
+    ("audit", "--base NAME"), ("doctor", "--base NAME"), ("convert", "NAME y --format peft"),
+    ("original", "NAME y"), ("synthetic", "--count 1 --out NAME"), ("pretrain", "--work NAME")])
+def test_a_name_too_long_for_the_system_is_one_line(program, command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    name = "a" * 300
+    module = program if program in ("sample", "train") else f"pixcell_min.tools.{program}"
+    try:
+        code = importlib.import_module(module).main(command.replace("NAME", name).split())
+    except SystemExit as stop:
+        code = stop.code
+    error = capsys.readouterr().err
+    assert code == 2 and error.count("\n") == 1 and name[:20] in error, error
 
 
 # --------------------------------------------------------------------------- argparse types

@@ -206,6 +206,7 @@ def test_a_foreign_file_among_the_images_is_refused(made, tmp_path, capsys):
 
 def test_a_second_encoder_measures_too(made, tmp_path):
     other = write_base(tmp_path / "other", seed=5) / "uni"
+    (other / "backup.bin").write_bytes(b"not what is read")
     result = evaluate.evaluate(evaluate.parse_evaluate(
         command(*made[:2], "--count", 3, "--arms", "base,both", "--out", tmp_path / "out",
                 "--second-encoder", other)))

@@ -4,6 +4,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import sample
 import train
 from conftest import ROOT, SHARED, write_base
 from pixcell_min.adapter import load_adapter, save_adapter
+from pixcell_min.data import Tile
 from pixcell_min.exports import write_lora
 from pixcell_min.formats import read_lora
 from pixcell_min.images import read_settings
@@ -79,7 +81,9 @@ def test_guidance_interval_and_fusing_reach_the_image(flags, tmp_path):
     def image(*extra):
         assert sample.main([*flags, *extra]) == 0
         path = tmp_path / "out" / "0_seed0.png"
-        return np.asarray(Image.open(path), int), read_settings(path)["guidance_interval"]
+        settings = read_settings(path)
+        assert settings["lora_fused"] == ("--fuse-lora" in extra)
+        return np.asarray(Image.open(path), int), settings["guidance_interval"]
 
     plain, guided = image("--guidance-scale", "1"), image("--guidance-scale", "4")
     within = image("--guidance-scale", "4", "--guidance-interval", "0.5", "5")
@@ -251,7 +255,15 @@ def test_two_tiles_of_one_name_are_refused(flags, run, tmp_path, capsys):
     twin = tmp_path / "0.png"
     Image.new("RGB", (64, 64)).save(twin)
     assert sample.main([*flags, "--image", flags[1], str(twin)]) == 2
-    assert "both" in capsys.readouterr().err
+    assert f"{flags[1]} and {twin} would both be written as 0" in capsys.readouterr().err
+
+
+def test_names_of_many_tiles_are_found_in_linear_time(tmp_path, monkeypatch):
+    many = [Tile(tmp_path / f"{i}.png") for i in range(100_000)]
+    monkeypatch.setattr(sample, "find_tiles", lambda folder: many)
+    began = time.process_time()
+    assert len(sample.output_names([tmp_path])) == len(many)
+    assert time.process_time() - began < 30  # each beside each other one: many minutes
 
 
 @pytest.mark.parametrize("extra", [

@@ -627,6 +627,18 @@ def test_validation_is_the_same_each_time_and_restores_the_mode(arguments, tiny_
     assert other == pytest.approx(values.pop(), rel=1e-5)  # whatever the micro-batch size
 
 
+def test_validation_draws_no_timestep_beyond_the_last(arguments, tiny_base, monkeypatch):
+    config = train.parse_train(arguments)[0]
+    pipeline = load_pixcell_base(tiny_base, "cpu", "no")
+    adapter = train.make_trainable(config, pipeline).adapter
+    features, _, held_out = train.load_features(config, pipeline, find_tiles(config.data))
+    largest = torch.tensor(1 - 2**-24)  # that torch.rand gives: added to 7 it is 8 in float32
+    monkeypatch.setattr(training.torch, "rand", lambda count, generator: largest.expand(count))
+    loss, bands = training.validation_loss(pipeline.transformer, adapter, pipeline.schedule, features,
+                                           features.rows(held_out), 4, 0)
+    assert math.isfinite(loss) and len(bands) == training.VALIDATION_TIMESTEPS
+
+
 def test_saved_lora_reloads_to_the_same_forward(arguments, tiny_base, tmp_path):
     assert train.main(arguments) == 0
     saved = read_tensors(tmp_path / "run" / "lora_weights.safetensors")[0]

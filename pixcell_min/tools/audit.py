@@ -22,7 +22,7 @@ from einops import rearrange
 
 from pixcell_min.adapter import load_adapter
 from pixcell_min.base import (REPOSITORY, encoder_folder, feature_files, find_base, load_encoder,
-                              load_pixcell_base, load_vae)
+                              load_pixcell_base, load_vae, read_vae_config)
 from pixcell_min.checkpoint import file_hash, load_newest_state, read_json, read_tensors, read_text
 from pixcell_min.checks import OneLineParser, one_line
 from pixcell_min.config import Config, read_yaml
@@ -108,7 +108,7 @@ def audit(base=None, run: Path | None = None, ema: bool = False) -> dict:
         except ValueError as error:  # of another version of the code: all else can be told
             notes.append(f"gradients unknown: {error}")
         record, held_out = read_record(run)
-        size = transformer.config.sample_size * 8
+        size = transformer.config.sample_size * read_vae_config(base).downscale
         result |= {
             "lora": {"layers": [{"name": name, **update_of(layer), "gradient_seen": {
                         part: seen.get(f"{name}.lora_{part}.weight") for part in "AB"}}

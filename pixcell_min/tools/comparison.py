@@ -131,6 +131,7 @@ def compare_pairs(real, other, features, other_features, training) -> dict:
             attempt(results, f"{group}:{name}", n,
                     lambda: dict(zip(("cosine", "shuffled", "margin"), cosines().mean(1))),
                     lambda: metrics.bootstrap(lambda tiles: cosines()[:, tiles].mean(1), count))
+
         def screen(tiles):
             return metrics.memorisation_screen(
                 generated[rows(tiles)], conditions, np.stack(present(training[name])))
@@ -141,7 +142,8 @@ def compare_pairs(real, other, features, other_features, training) -> dict:
                             for images in (real, other))
     of_tile = np.repeat(nuclei, per_tile)
     attempt(results, "nuclei", n,
-            lambda: dict(zip(("pearson", "spearman"), correlations(*varied(of_tile, drawn_nuclei)))),
+            lambda: dict(zip(("pearson", "spearman"),
+                             correlations(*varied(of_tile, drawn_nuclei)))),
             lambda: metrics.bootstrap(lambda tiles: correlations(
                 of_tile[rows(tiles)], drawn_nuclei[rows(tiles)]), count))
     return results

@@ -1,7 +1,7 @@
 """A LoRA file of one format → another, with a report of every key and the scale it is read with.
 
     python -m pixcell_min.tools.convert runs/lora/lora_weights.safetensors lora-peft --format peft
-    python -m pixcell_min.tools.convert kohya.safetensors lora.safetensors --format native --base DIR
+    python -m pixcell_min.tools.convert kohya.safetensors l.safetensors --format native --base DIR
 """
 
 import sys
@@ -58,7 +58,7 @@ def main(argv=None) -> int:
     try:
         print("\n".join(convert(options.source, options.target, options.format, options.base,
                                 options.alpha, options.overwrite)))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"convert: error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -47,7 +47,7 @@ def parse_doctor(argv=None):
     if options.base is not None:
         try:
             find_base(options.base)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             parser.error(str(error))
     return options
 

@@ -38,7 +38,7 @@ from pixcell_min.runs import shared_files
 from pixcell_min.schedulers import SCHEDULER_NAMES
 from pixcell_min.tools import report
 from pixcell_min.tools.comparison import embed, measure
-from pixcell_min.uni import TileEncoder
+from pixcell_min.uni import TileEncoder, read_encoder
 
 ARMS = {"base": (), "adapter": ("adapter",), "lora": ("lora",), "both": ("adapter", "lora")}
 COLOUR_TILES = 256  # training tiles whose colour the colour-only baseline takes on
@@ -214,8 +214,7 @@ def load_models(options, settings) -> Models:
     encoders = {OWN: pipeline.encoder}
     if options.second_encoder:
         encoders[SECOND] = TileEncoder.from_pretrained(options.second_encoder).to(pipeline.device)
-        hashes[SECOND] = next(file_hash(path) for path in sorted(options.second_encoder.iterdir())
-                              if path.suffix in (".safetensors", ".bin"))
+        hashes[SECOND] = file_hash(read_encoder(options.second_encoder)[1])
     size = pipeline.transformer.config.sample_size * pipeline.vae.downscale
     return Models(pipeline, adapter, encoders, size,
                   {"base": pipeline.base_hash, "features": features_hash(base), **hashes})
@@ -278,7 +277,8 @@ def image_settings(options, settings, models):
               "decoded_in": str(models.pipeline.decoding_dtype or "float32"),
               "base_hash": models.hashes["base"], "features_hash": models.hashes["features"]}
     return lambda arm: {**common, "arm": arm, **{
-        f"{part}_hash": models.hashes[part] if part in ARMS[arm] else None for part in ("adapter", "lora")}}
+        f"{part}_hash": models.hashes[part] if part in ARMS[arm] else None
+        for part in ("adapter", "lora")}}
 
 
 def check_folder(folder, jobs, shared) -> None:

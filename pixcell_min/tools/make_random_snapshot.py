@@ -48,7 +48,7 @@ def main(argv=None) -> int:
     try:
         base = write_snapshot(args.out, args.model, TRANSFORMERS[args.model], VAEConfig(), None,
                               args.dtype, args.seed)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"make_random_snapshot: error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""A checkpoint of the authors' training code (pixcell_256.ckpt) → a base folder, PixArt's names → released ones.
+"""A checkpoint of the authors' training code → a base folder, PixArt's names → released ones.
 
     python -m pixcell_min.tools.original pixcell_256.ckpt weights/pixcell-256
 
@@ -65,7 +65,7 @@ def rename(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors of a .ckpt, memory-mapped, never code; flat, or under `state_dict`. Raises: ValueError."""
+    """Tensors of a .ckpt, memory-mapped; flat, or under `state_dict`. Raises: ValueError: code."""
     if not path.is_file():
         raise ValueError(f"{path}: no such checkpoint file; expected one of torch.save")
     try:
@@ -119,7 +119,7 @@ def main(argv=None) -> int:
     options = parser.parse_args(argv)
     try:
         write_base(options.checkpoint, options.folder)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"original: error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

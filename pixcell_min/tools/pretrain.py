@@ -24,7 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from pixcell_min import checkpoint
-from pixcell_min.checks import one_line
+from pixcell_min.checks import OneLineParser, one_line
 from pixcell_min.data import (find_tiles, fit_tile, image_to_tensor, read_tile,
                               tensor_to_image)
 from pixcell_min.embeddings import PatchEmbed, sincos_grid
@@ -516,7 +516,8 @@ def round_trip_psnr(vae, images) -> float:
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    """Run the command line; returns the exit code: 0, or 2 after a one-line error."""
+    parser = OneLineParser(prog="pretrain", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("weights/pixcell-nano"),
                         help="base folder to write")
     parser.add_argument("--work", type=Path, default=Path("runs/pretrain"),
@@ -525,7 +526,7 @@ def main(arguments=None):
     parser.add_argument("--measure", type=Path,
                         help="folder of tiles never trained on, for the VAE's PSNR")
     parser.add_argument("--start-from", type=Path,
-                        help="base folder whose weights to carry on from, unless --work has a state")
+                        help="base folder to carry on from, unless --work has a state")
     parser.add_argument("--stage", choices=("all", "vae", "joint"), default="all")
     parser.add_argument("--freeze-encoder", action="store_true",
                         help="train the transformer alone, the encoder as --start-from has it")
@@ -564,8 +565,8 @@ def main(arguments=None):
                   f"{round_trip_psnr(vae, images):.2f} dB")
         if args.stage in ("all", "joint"):
             train_transformer(args, args.work, tiles, latent_bank(args, args.work, tiles, vae))
-    except ValueError as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"pretrain: error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -11,7 +11,6 @@ The same seed under two laboratories is the same tissue in other colours: a know
 It imitates no patient, slide or data set, and is no substitute for real tissue.
 """
 
-import argparse
 import os
 import shutil
 import sys
@@ -21,6 +20,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
+
+from pixcell_min.checks import OneLineParser, integer, one_line
 
 TISSUES: tuple[str, ...] = ("ADI", "BACK", "DEB", "LYM", "MUC", "MUS", "NORM", "STR", "TUM")
 SIZES = (64, 1024)  # px: below, no gland fits; above, use several tiles
@@ -502,27 +503,23 @@ def second_laboratory(cache, count: int = PROCEDURAL_TILES) -> Path:
                       PROCEDURAL_SEED)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Command line; exits with 2 and one line on a wrong argument or a non-empty folder."""
-    parser = argparse.ArgumentParser(prog="synthetic", description=__doc__.partition("\n")[0])
+def main(argv=None) -> int:
+    """Run the command line; returns the exit code: 0, or 2 after a one-line error."""
+    parser = OneLineParser(prog="synthetic", description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="new or empty folder")
-    parser.add_argument("--count", type=int, default=90, help="number of tiles, at least 1")
+    parser.add_argument("--count", type=integer(1, 10**6), default=90, help="number of tiles")
     parser.add_argument("--laboratory", choices=tuple(LABORATORIES), default="first")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the first tile, at least 0")
-    parser.add_argument("--size", type=int, default=256, help=f"px, {SIZES[0]} to {SIZES[1]}")
-    options = parser.parse_args(arguments)
-    ranges = (("count", 1, 10**6), ("seed", 0, 2**31), ("size", *SIZES))
+    parser.add_argument("--seed", type=integer(0, 2**31), default=0, help="of the first tile")
+    parser.add_argument("--size", type=integer(*SIZES), default=256, help="px")
+    options = parser.parse_args(argv)
     try:
-        for name, low, high in ranges:
-            got = getattr(options, name)
-            if not low <= got <= high:
-                raise ValueError(f"--{name} {got} is out of range; expected {low} to {high}")
-        laboratory = LABORATORIES[options.laboratory]
-        write_dataset(options.out, options.count, laboratory, options.seed, options.size)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        write_dataset(options.out, options.count, LABORATORIES[options.laboratory], options.seed,
+                      options.size)
+    except (ValueError, OSError) as error:
+        print(f"synthetic: error: {one_line(error)}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
