@@ -49,7 +49,8 @@ def _keep(value, condition):
 def integer(low: int, high: float = math.inf) -> Check:
     """A whole number of 64 bits from low to high, both included; neither True nor 8.0."""
     expected = f"an integer >= {low}" if high == math.inf else f"an integer from {low} to {high}"
-    return Check(expected, int, lambda v: _keep(v, type(v) is int and low <= v <= min(high, LARGEST)))
+    high = min(high, LARGEST)
+    return Check(expected, int, lambda v: _keep(v, type(v) is int and low <= v <= high))
 
 
 def number(low: float, high: float = math.inf, *, above=False, below=False) -> Check:

@@ -217,7 +217,7 @@ def test_config_that_changes_results_is_refused(change):
 @pytest.mark.parametrize("change, words", [
     (dict(beta_schedule="sigmoid"), "^beta_schedule is 'sigmoid', expected one of linear, scaled_linear"),
     (dict(prediction_type="x"), "^prediction_type is 'x', expected one of epsilon, v_prediction"),
-    (dict(beta_start=0.0), r"\[1000, 0.0, 0.02\], expected a positive integer and two fractions")])
+    (dict(beta_start=0.0), r"\[1000, 0.0, 0.02\], expected 1 to 1000000 and two fractions")])
 def test_a_refused_config_is_named(change, words):
     with pytest.raises(ValueError, match=words):
         NoiseSchedule.from_config(json.loads(PIXCELL_CONFIG) | change)
