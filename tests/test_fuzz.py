@@ -42,8 +42,8 @@ from pixcell_min.released import RELEASES
 from pixcell_min.tools import audit, convert, doctor, evaluate, original
 from test_original import backwards
 
-pytestmark = pytest.mark.skipif(
-    not Path("/proc/self/statm").exists(), reason="needs what Linux alone tells of memory")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.skipif(  # Pillow remarks on much
+    not Path("/proc/self/statm").exists(), reason="needs what Linux alone tells of memory")]
 TIMES = [1, pytest.param(SLOW, marks=pytest.mark.slow)]
 
 
