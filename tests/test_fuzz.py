@@ -42,6 +42,8 @@ from pixcell_min.released import RELEASES
 from pixcell_min.tools import audit, convert, doctor, evaluate, original
 from test_original import backwards
 
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.skipif(  # Pillow remarks on much
+    not Path("/proc/self/statm").exists(), reason="needs what Linux alone tells of memory")]
 TIMES = [1, pytest.param(SLOW, marks=pytest.mark.slow)]
 
 
@@ -202,6 +204,10 @@ def test_the_sound_world_is_accepted(world):
     for name, (command, arguments) in READERS:
         content = world.sound[world.root / name]
         assert world.judge({name: content}, command, arguments), (name, arguments)
+
+
+def test_an_empty_licence_is_none(world):
+    assert world.judge({"pixcell-256/LICENSE": b" \n"}, *LICENCE)
 
 
 # ---------------------------------------------------------------- seeded damage

@@ -338,7 +338,7 @@ def _stated(folder):
     if named:
         return ", ".join(named)
     path = next((path for path in sorted(folder.glob("LICENSE*")) if path.is_file()), None)
-    return read_text(path).strip().splitlines()[0] if path else None
+    return next(iter(read_text(path).strip().splitlines()), None) if path else None
 
 
 if __name__ == "__main__":
