@@ -74,8 +74,8 @@ def parse_sample(argv=None):
                         help="auto: cuda where there is one, else cpu")
     parser.add_argument("--out", type=Path, default=Path("samples"), help="folder to write to")
     options = parser.parse_args(argv)
-    if options.ema and options.run is None:
-        parser.error("--ema chooses among a run's files; give --run")
+    if options.ema and (options.run is None or options.lora and options.adapter):
+        parser.error("--ema chooses among a run's files; give --run, not both --lora and --adapter")
     return options
 
 
