@@ -271,7 +271,7 @@ def kept(run: Path, error=None) -> str:
     if not state_files(run):
         return "nothing was saved yet"
     newest = checkpoint.newest_intact(run / STATES)
-    step = newest.stem.replace("-", " ") if newest else "no step"
+    step = f"step {checkpoint.state_step(newest)}" if newest else "no step"
     if isinstance(error, Diverged):  # a resume refuses other settings and would repeat these
         return ("start anew so, with another --out or with --overwrite; what was saved at "
                 f"{step} stays in {run}")
