@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import math
 import os
 import resource
 import signal
@@ -17,7 +18,7 @@ import torch
 import sample
 import train
 from conftest import ROOT, assert_same_weights, metrics, weights
-from pixcell_min import checkpoint, runs
+from pixcell_min import checkpoint, runs, training
 from pixcell_min.checkpoint import content_hash, file_hash, load_object, save_object
 
 
@@ -378,6 +379,17 @@ def test_the_content_hash_sees_every_value_and_its_place():
     assert content_hash(content) == content_hash({"a": [torch.arange(3.0), 1],
                                                   "b": {"c": None, 3: (0.5, True)}})
     assert content_hash(torch.tensor(1.0)) != content_hash(torch.tensor([1.0]))
+
+
+def test_the_log_is_json_whatever_is_measured(tmp_path):
+    def refuse(word):
+        raise AssertionError(f"{word} is no JSON")
+
+    runs.log(tmp_path, None, training.Progress(step=1), {
+        "loss": math.nan, "validation_bands": [math.inf, 0.5], "skipped": True})
+    line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
+    assert line == {"step": 1, "attempt": 0, "loss": None, "validation_bands": [None, 0.5],
+                    "skipped": True}
 
 
 def test_a_log_line_cut_short_is_dropped(arguments, tmp_path, whole):
