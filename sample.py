@@ -50,7 +50,7 @@ def parse_sample(argv=None):
                         help="merge LoRA into the weights: faster, equal up to rounding")
     parser.add_argument("--scheduler", choices=SCHEDULER_NAMES, default="ddim", help="default ddim")
     parser.add_argument("--steps", type=integer(1, 1000), default=50,
-                        help="denoising steps, 1 to 1000; default 50")
+                        help="denoising steps, 1 to 1000; 1 serves with dpmpp_2m alone; default 50")
     parser.add_argument("--eta", type=number(0, 1), default=0.0,
                         help="noise of ddim, 0: deterministic, 1: as ddpm")
     parser.add_argument("--guidance-scale", type=nonnegative_float, default=GUIDANCE_SCALE,
@@ -74,8 +74,8 @@ def parse_sample(argv=None):
                         help="auto: cuda where there is one, else cpu")
     parser.add_argument("--out", type=Path, default=Path("samples"), help="folder to write to")
     options = parser.parse_args(argv)
-    if options.ema and options.run is None:
-        parser.error("--ema chooses among a run's files; give --run")
+    if options.ema and (options.run is None or options.lora and options.adapter):
+        parser.error("--ema chooses among a run's files; give --run, not both --lora and --adapter")
     return options
 
 

@@ -104,7 +104,7 @@ def _accept_blocks(value):
 positive_int, nonnegative_int = integer(1), integer(0)
 positive_float, nonnegative_float = number(0, above=True), number(0)
 fraction = number(0, 1)
-DROPOUT, SHARE = number(0, 1, below=True), number(0, 1, above=True, below=True)
+BELOW_ONE, SHARE = number(0, 1, below=True), number(0, 1, above=True, below=True)
 INT_OR_NULL = Check("null or an integer >= 1", int,
                     lambda v: None if v is None else positive_int.accept(v))
 SEED, BLOCK = integer(0, 2**63 - 1), integer(0, 999)  # 999: "0-9999999999" would fill memory

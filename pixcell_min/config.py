@@ -14,7 +14,7 @@ import reprlib
 
 import yaml
 
-from pixcell_min.checks import (BLOCKS, DEVICE, DROPOUT, FLAG, INT_OR_NULL, SEED, SHARE, TEXT,
+from pixcell_min.checks import (BELOW_ONE, BLOCKS, DEVICE, FLAG, INT_OR_NULL, SEED, SHARE, TEXT,
                                 TEXT_OR_NULL, WRONG, OneLineParser, expected_got, fraction, integer,
                                 nonnegative_float, nonnegative_int, one_of, positive_float,
                                 positive_int, words)
@@ -57,7 +57,7 @@ class Config:
         "attn1: self, attn2: cross", "--attention")
     lora_blocks: tuple[int, ...] | None = _setting(
         None, BLOCKS, "numbers from 0", "blocks to adapt", "--blocks")
-    lora_dropout: float = _setting(0.0, DROPOUT, "probability", "dropout on the input of updates")
+    lora_dropout: float = _setting(0.0, BELOW_ONE, "probability", "dropout on the input of updates")
     lora_init: str = _setting(
         "kaiming", one_of("kaiming", "gaussian"), "name", "start of lora_A; lora_B starts at 0")
     use_rslora: bool = _setting(False, FLAG, "switch", "scale by alpha / sqrt(rank) instead")
@@ -92,7 +92,7 @@ class Config:
         "of the learned variance's bound, summed over t (paper: 0.001); 0: none")
     class_balanced: bool = _setting(False, FLAG, "switch", "draw every class equally often")
     ema_decay: float = _setting(
-        0.0, DROPOUT, "factor", "also keep averaged weights (0.999 usual); 0: none")
+        0.0, BELOW_ONE, "factor", "also keep averaged weights (0.999 usual); 0: none")
     seed: int = _setting(0, SEED, "number", "start of every random draw")
     save_every: int = _setting(100, nonnegative_int, "steps", "between saves; 0: at the end only")
     keep_states: int = _setting(2, integer(2), "states", "newest saved states that are kept")

@@ -169,9 +169,7 @@ def log(run: Path, board, progress, values: dict) -> None:
 
     board: a TensorBoard writer that gets the finite numbers too, or None.
     """
-    values = {"step": progress.step, "attempt": progress.attempt, **values}
-    finite = {key: None if isinstance(value, float) and not math.isfinite(value) else value
-              for key, value in values.items()}  # JSON knows no NaN
+    finite = _finite({"step": progress.step, "attempt": progress.attempt, **values})
     try:
         with open(run / METRICS, "a", encoding="utf-8") as file:
             file.write(json.dumps(finite) + "\n")
@@ -180,6 +178,15 @@ def log(run: Path, board, progress, values: dict) -> None:
     for key, value in finite.items():
         if board and isinstance(value, float):
             board.add_scalar(key, value, progress.step)
+
+
+def _finite(value):
+    """The same with None for what is not finite, at any depth: JSON knows no NaN."""
+    if isinstance(value, dict):
+        return {key: _finite(its) for key, its in value.items()}
+    if isinstance(value, list):
+        return [_finite(its) for its in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_log(run: Path) -> list[dict]:
@@ -271,7 +278,7 @@ def kept(run: Path, error=None) -> str:
     if not state_files(run):
         return "nothing was saved yet"
     newest = checkpoint.newest_intact(run / STATES)
-    step = newest.stem.replace("-", " ") if newest else "no step"
+    step = f"step {checkpoint.state_step(newest)}" if newest else "no step"
     if isinstance(error, Diverged):  # a resume refuses other settings and would repeat these
         return ("start anew so, with another --out or with --overwrite; what was saved at "
                 f"{step} stays in {run}")

@@ -284,7 +284,7 @@ DECIMALS = {"colour W1": 2, "H angle °": 1, "E angle °": 1, "cosine": 3, "over
             "nuclei r": 2, "nearer than 5 %": 2}
 RESULTS = {name: json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
            for name in ("adaptation_nct", "adaptation_nct_unguided", "adaptation_kather_unguided",
-                        "first_run", "nano_nct")}
+                        "first_run", "nano_nct", "precision")}
 ADAPTATIONS = [RESULTS[name] for name in RESULTS if name.startswith("adaptation")]
 
 
@@ -325,7 +325,10 @@ def test_the_readmes_figures_in_words_are_those_of_the_results():
         r"= ([\d,]+) parameters, ([\d.]+) % of ([\d,]+)", first["printed"][0]).groups()
     cosines = [f"{nano['guidance'][scale]['cosine']:.2f} at {scale}" for scale in ("1", "3", "9")]
     left = [its["variants"]["default"]["colour, % of base"] for its in ADAPTATIONS]
+    bf16 = RESULTS["precision"]["relative_to_float32"]["bf16"]
     for quoted in (
+            f"over {len(bf16['loss'])} steps of the embedded base its losses",
+            f"lie within {100 * bf16['largest']:.2f} % of float32's",
             f"{first['wall_seconds_of_train_py']:.0f} s in all",
             f"{first['tiles']} tiles and the grid",
             f"{first['seconds_per_optimizer_step']:.2f} s per optimizer step",

@@ -112,5 +112,8 @@ def test_ema_without_averages_or_run_is_one_line(arguments, tmp_path, tiles, cap
     with pytest.raises(SystemExit) as stop:
         sample.main(image)
     assert stop.value.code == 2 and "give --run" in capsys.readouterr().err
+    with pytest.raises(SystemExit):  # of which nothing would be left to choose
+        sample.main([*image, "--run", str(tmp_path / "run"), "--lora", "a", "--adapter", "b"])
+    assert "not both --lora and --adapter" in capsys.readouterr().err
     assert evaluate.main(["--data", str(tiles), "--run", str(tmp_path / "run"), "--ema"]) == 2
     assert json.loads((tmp_path / "run" / "tiles.json").read_text())  # untouched

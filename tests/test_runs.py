@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import math
 import os
 import resource
 import signal
@@ -17,7 +18,7 @@ import torch
 import sample
 import train
 from conftest import ROOT, assert_same_weights, metrics, weights
-from pixcell_min import checkpoint, runs
+from pixcell_min import checkpoint, runs, training
 from pixcell_min.checkpoint import content_hash, file_hash, load_object, save_object
 
 
@@ -213,7 +214,7 @@ def test_a_second_signal_stops_at_once(arguments, tmp_path, monkeypatch, capsys)
         assert train.main([*arguments, *SIX]) == 130
     finally:
         signal.signal(signal.SIGINT, before)
-    assert f"step 00000002 is kept: python train.py --resume --out {tmp_path / 'run'}" in last_line(
+    assert f"step 2 is kept: python train.py --resume --out {tmp_path / 'run'}" in last_line(
         capsys)
 
 
@@ -235,7 +236,7 @@ def test_a_full_disk_is_one_line_and_the_last_good_state_goes_on(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     error = last_line(capsys)
-    assert "cannot be written" in error and "step 00000002 is kept: python train.py" in error
+    assert "cannot be written" in error and "step 2 is kept: python train.py" in error
     assert ("step-00000004.pt" if full == "for a state" else "metrics.jsonl") in error
     assert not list(run.rglob(".*.tmp"))
     assert_same_weights(weights(run), {name: checkpoint.read_tensors(run / name)[0] for name in (
@@ -253,7 +254,7 @@ def test_a_folder_that_became_read_only_keeps_its_states(
         at_step(3, lambda: patch.setattr(checkpoint.tempfile, "mkstemp", refuse), patch)
         assert train.main([*arguments, *SIX]) == 2
     error = last_line(capsys)
-    assert "Read-only file system" in error and "step 00000002 is kept" in error
+    assert "Read-only file system" in error and "step 2 is kept" in error
     assert resume(tmp_path / "run") == 0
     assert_same_weights(weights(tmp_path / "run"), whole[0])
 
@@ -342,7 +343,7 @@ def test_an_interrupted_run_names_the_step_that_a_resume_takes(arguments, tmp_pa
         monkeypatch.setattr(train, "load_features", interrupt)
         assert resume(run) == 130
         assert last_line(capsys) == "train.py: interrupted; " + (
-            f"step 00000004 is kept: python train.py --resume --out {run}" if "6" in name else
+            f"step 4 is kept: python train.py --resume --out {run}" if "6" in name else
             f"no state in {run} can be read: start again with --overwrite")
 
 
@@ -378,6 +379,17 @@ def test_the_content_hash_sees_every_value_and_its_place():
     assert content_hash(content) == content_hash({"a": [torch.arange(3.0), 1],
                                                   "b": {"c": None, 3: (0.5, True)}})
     assert content_hash(torch.tensor(1.0)) != content_hash(torch.tensor([1.0]))
+
+
+def test_the_log_is_json_whatever_is_measured(tmp_path):
+    def refuse(word):
+        raise AssertionError(f"{word} is no JSON")
+
+    runs.log(tmp_path, None, training.Progress(step=1), {
+        "loss": math.nan, "validation_bands": [math.inf, 0.5], "skipped": True})
+    line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
+    assert line == {"step": 1, "attempt": 0, "loss": None, "validation_bands": [None, 0.5],
+                    "skipped": True}
 
 
 def test_a_log_line_cut_short_is_dropped(arguments, tmp_path, whole):
@@ -479,7 +491,7 @@ def test_out_of_memory_is_one_line_and_other_faults_keep_their_traceback(
     error = last_line(capsys)
     assert error.startswith("train.py: error: CUDA out of memory. Tried; free some, or start anew")
     assert error.endswith(
-        f"; step 00000002 is kept: python train.py --resume --out {tmp_path / 'run'}")
+        f"; step 2 is kept: python train.py --resume --out {tmp_path / 'run'}")
     at_step(3, fail(RuntimeError("a fault of ours")), monkeypatch)
     with pytest.raises(RuntimeError, match="a fault of ours"):
         resume(tmp_path / "run")

@@ -249,7 +249,7 @@ def test_a_run_that_cannot_go_on_names_the_cause_and_keeps_the_last_good_state(
         else "NaN or infinite after step 4" in error)
     run = tmp_path / "run"  # no advice to resume with what a resume refuses
     assert error.endswith("start anew so, with another --out or with --overwrite; what was saved "
-                          f"at step 00000002 stays in {run}") and "--resume" not in error
+                          f"at step 2 stays in {run}") and "--resume" not in error
     last = metrics(run)[-1]  # logged before the run ended
     assert (last["attempt"], last["skipped"]) == ((23, True) if "overflow" in cause else (4, False))
     assert train.main(["--resume", "--out", str(tmp_path / "run")]) == 0

@@ -53,32 +53,27 @@ def tissue_mask(image) -> np.ndarray:
     return optical_density(image).sum(-1) >= TISSUE_DENSITY
 
 
-def thin(images, per_image=PIXELS_PER_IMAGE, generator=None) -> list[np.ndarray]:
+def thin(images, per_image=PIXELS_PER_IMAGE) -> list[np.ndarray]:
     """Each image as (1, m, 3) uint8 of at most `per_image` of its tissue pixels, m >= 0.
 
     A thinned image is an image: measure colours on it again and again, as `bootstrap` does.
-    The pixels are evenly spaced in raster order, or drawn with the torch `generator` if given;
-    per_image None keeps them all.
+    The pixels are evenly spaced in raster order; per_image None keeps them all.
     """
     thinned = []
     for image in images:
         pixels = image[tissue_mask(image)]
         if per_image is not None and len(pixels) > per_image:
-            if generator is None:
-                kept = np.linspace(0, len(pixels) - 1, per_image).astype(int)
-            else:
-                kept = torch.randperm(len(pixels), generator=generator)[:per_image].numpy()
-            pixels = pixels[kept]
+            pixels = pixels[np.linspace(0, len(pixels) - 1, per_image).astype(int)]
         thinned.append(pixels[None])
     return thinned
 
 
-def tissue_pixels(images, per_image=None, generator=None) -> np.ndarray:
+def tissue_pixels(images, per_image=None) -> np.ndarray:
     """Tissue pixels (n, 3) uint8 of all images, at most `per_image` of each; see `thin`.
 
     Raises: ValueError if no image has any.
     """
-    pixels = [image[0] for image in thin(images, per_image, generator)]
+    pixels = [image[0] for image in thin(images, per_image)]
     if not sum(map(len, pixels)):
         raise ValueError(f"tissue_pixels: {len(pixels)} images hold background alone; "
                          f"expected pixels of summed optical density >= {TISSUE_DENSITY}")
