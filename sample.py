@@ -69,13 +69,15 @@ def parse_sample(argv=None):
     parser.add_argument("--mixed-precision", type=one_of("auto", "no", "fp16", "bf16"),
                         default="auto", help="as in train.py")
     parser.add_argument("--compile", action="store_true",
-                        help="torch.compile of the blocks; pays from about a hundred images on")
+                        help="torch.compile of the blocks; a minute at the start")
     parser.add_argument("--device", type=DEVICE, default="auto",
                         help="auto: cuda where there is one, else cpu")
     parser.add_argument("--out", type=Path, default=Path("samples"), help="folder to write to")
     options = parser.parse_args(argv)
     if options.ema and (options.run is None or options.lora and options.adapter):
         parser.error("--ema chooses among a run's files; give --run, not both --lora and --adapter")
+    if (options.fuse_lora or options.lora_scale != 1) and not (options.run or options.lora):
+        parser.error("--fuse-lora and --lora-scale need a LoRA; give --run or --lora")
     return options
 
 

@@ -147,7 +147,8 @@ def _normalisation(config, folder):
         raise ValueError(f"{folder / 'config.json'}: pretrained_cfg must be a table")
     values = [pretrained.get("mean", IMAGENET_MEAN), pretrained.get("std", IMAGENET_STD)]
     for value in values:
-        if not isinstance(value, (list, tuple)) or [type(v) for v in value] != [float] * 3:
+        if not isinstance(value, (list, tuple)) or len(value) != 3 or any(
+                type(v) not in (int, float) for v in value):
             raise ValueError(f"{folder / 'config.json'}: mean and std must be three numbers, "
                              f"got {value!r}")
     return values

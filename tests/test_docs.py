@@ -325,10 +325,12 @@ def test_the_readmes_figures_in_words_are_those_of_the_results():
         r"= ([\d,]+) parameters, ([\d.]+) % of ([\d,]+)", first["printed"][0]).groups()
     cosines = [f"{nano['guidance'][scale]['cosine']:.2f} at {scale}" for scale in ("1", "3", "9")]
     left = [its["variants"]["default"]["colour, % of base"] for its in ADAPTATIONS]
-    bf16 = RESULTS["precision"]["relative_to_float32"]["bf16"]
+    bf16, fp16 = (RESULTS["precision"]["relative_to_float32"][name] for name in ("bf16", "fp16"))
+    assert fp16["skipped"] == 0 and len(fp16["loss"]) == len(bf16["loss"])
     for quoted in (
             f"over {len(bf16['loss'])} steps of the embedded base its losses",
             f"lie within {100 * bf16['largest']:.2f} % of float32's",
+            f"float16's within {100 * fp16['largest']:.3f} % with no step skipped",
             f"{first['wall_seconds_of_train_py']:.0f} s in all",
             f"{first['tiles']} tiles and the grid",
             f"{first['seconds_per_optimizer_step']:.2f} s per optimizer step",

@@ -480,9 +480,11 @@ def test_fold_leaves_a_plain_network_of_merged_weights_and_no_copy():
         assert torch.equal(net(*x), twin(*x))
     plain = {name.replace(".base.", "."): tensor for name, tensor in bits(twin).items() if "lora" not in name}
     assert_bits(net, plain)  # the names too
-    disabled = make()[0]
-    disable_lora(disabled)
-    for wrong, message in ((net, "no LoRA layer"), (twin, "merged"), (disabled, "disabled")):
+    disabled, merged = make()[0], make()[0]  # the last layer alone: the others stay, too
+    [*lora_layers(disabled).values()][-1].enabled = False
+    [*lora_layers(merged).values()][-1].merge()
+    for wrong, message in ((net, "no LoRA layer"), (merged, "LoRA is merged: .* before folding it"),
+                           (disabled, "LoRA is disabled: call enable_lora before")):
         before = bits(wrong)
         with pytest.raises(ValueError, match=message):
             fold_lora(wrong)

@@ -101,6 +101,14 @@ def test_an_interval_that_is_none_is_one_line(flags, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("extra", [["--fuse-lora"], ["--lora-scale", "0.5"]])
+def test_what_needs_a_lora_is_refused_without_one(extra, flags, run, capsys):
+    bare = [flag for flag in flags if flag not in ("--run", str(run))]
+    with pytest.raises(SystemExit) as stop:
+        sample.main([*bare, *extra])
+    assert stop.value.code == 2 and "need a LoRA" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("script", ["sample", "train"])
 def test_compile_compiles_the_blocks_or_says_why_not(script, flags, run, tmp_path, monkeypatch, capsys):
     argv = flags if script == "sample" else [
@@ -269,7 +277,8 @@ def test_names_of_many_tiles_are_found_in_linear_time(tmp_path, monkeypatch):
 @pytest.mark.parametrize("extra", [
     ["--steps", "0"], ["--steps", "1001"], ["--num-images", "0"], ["--seed", "-1"],
     ["--scheduler", "heun"], ["--lora-scale", "nan"], ["--guidance-scale", "-1"],
-    ["--lora", "a.safetensors:11"], ["--lora", "a.safetensors:nan"]])
+    ["--lora", "a.safetensors:11"], ["--lora", "a.safetensors:nan"], ["--compile", "1"],
+    ["--guidance-interval", "1"], ["--guidance-interval", "-1", "1"]])
 def test_flags_out_of_range_exit_2(extra, flags, capsys):
     with pytest.raises(SystemExit) as stop:
         sample.main([*flags, *extra])

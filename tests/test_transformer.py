@@ -180,9 +180,26 @@ def test_residual_stream_is_float32_under_autocast():
     model, seen = tiny(), []
     block = model.transformer_blocks[0]
     block.register_forward_pre_hook(lambda block, given: seen.append(given[0].dtype))
+    block.attn1.to_q.register_forward_pre_hook(lambda layer, given: seen.append(given[0].dtype))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model(*inputs())
-    assert seen == [torch.float32]
+    assert seen == [torch.float32, torch.bfloat16]  # cast once, for q, k, v and their LoRA
+
+
+@pytest.mark.parametrize("key, largest", [
+    ("num_layers", 256), ("sample_size", 1024), ("patch_size", 65536)])
+def test_a_configuration_beyond_any_network_is_refused(key, largest):
+    assert getattr(TransformerConfig.from_dict({**TINY_TRANSFORMER, key: largest}), key) == largest
+    with pytest.raises(ValueError, match=f"{key} must be a positive integer, .*{largest} at most"):
+        TransformerConfig.from_dict({**TINY_TRANSFORMER, key: largest + 1})
+
+
+def test_output_channels_are_those_of_the_latents_once_or_twice():
+    for channels in (16, 32):
+        TransformerConfig.from_dict({**TINY_TRANSFORMER, "out_channels": channels})
+    for channels in (1, 15, 17, 31, 48):
+        with pytest.raises(ValueError, match="out_channels must be 16"):
+            TransformerConfig.from_dict({**TINY_TRANSFORMER, "out_channels": channels})
 
 
 def test_bfloat16_attention_is_plain_and_agrees_with_float32():

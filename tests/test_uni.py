@@ -231,6 +231,9 @@ def test_a_broken_normalisation_is_refused(tiny_base, tmp_path, pretrained):
         json.dumps({**config, "pretrained_cfg": pretrained}))
     with pytest.raises(ValueError, match="config.json"):
         TileEncoder.from_pretrained(tmp_path / "uni")
+    config["pretrained_cfg"] = {"mean": [0, 0, 0], "std": [1, 1, 1]}  # numbers, whole ones too
+    (tmp_path / "uni" / "config.json").write_text(json.dumps(config))
+    assert TileEncoder.from_pretrained(tmp_path / "uni").std == (1, 1, 1)
 
 
 # Loading
