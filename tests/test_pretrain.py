@@ -173,3 +173,8 @@ def test_window_patch_embedding_is_a_part_of_the_whole_tiles():
     window.origin = (3, 5)
     part = window(latents[:, :, 6:22, 10:26]).view(1, 8, 8, 16)
     torch.testing.assert_close(part, full[:, 3:11, 5:13], rtol=0, atol=1e-6)
+
+
+def test_a_caller_keeps_its_smallest_numbers(tmp_path, capsys):
+    assert pretrain.main(["--work", str(tmp_path), "--freeze-encoder"]) == 2  # after it set them to 0
+    assert "--start-from" in capsys.readouterr().err and float("5e-324") > 0

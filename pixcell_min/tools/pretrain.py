@@ -568,6 +568,8 @@ def main(arguments=None):
     except (ValueError, OSError) as error:
         print(f"pretrain: error: {one_line(error)}", file=sys.stderr)
         return 2
+    finally:
+        torch.set_flush_denormal(False)  # it is the process's, so a caller's, too
     return 0
 
 
