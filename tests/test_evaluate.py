@@ -273,6 +273,9 @@ def test_training_tiles_that_are_gone_are_named(tiny_base, made, tmp_path):
     run = write_run(tmp_path / "run", tiny_base, [gone / "STR" / "0.png", gone / "TUM" / "0.png"])
     (gone / "STR" / "0.png").unlink()
     Image.new("RGB", (64, 64)).save(gone / "TUM" / "0.png")  # changed since
+    record = json.loads((run / "tiles.json").read_text())
+    record["training"][0]["path"] = "x" * 5000  # longer than a system allows
+    (run / "tiles.json").write_text(json.dumps(record))
     result = evaluate.evaluate(evaluate.parse_evaluate(
         command(made[0], run, "--count", 3, "--arms", "base,both")))
     assert any("2 of 2 training tiles are gone or changed" in note for note in result["notes"])

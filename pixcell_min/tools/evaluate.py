@@ -244,7 +244,7 @@ def read_training(record, models, fit, notes):
     """(features {encoder: (n, d)} of the training tiles still there unchanged, images of some)."""
     paths = [Path(entry["path"]) for entry in record]
     kept = [path for path, entry in zip(paths, record)
-            if path.is_file() and file_hash(path) == entry["hash"]]
+            if os.path.isfile(path) and file_hash(path) == entry["hash"]]
     if len(kept) < len(paths):
         notes.append(f"{len(paths) - len(kept)} of {len(paths)} training tiles are gone or changed "
                      f"(first looked for: {next(p for p in paths if p not in kept)}); the "
