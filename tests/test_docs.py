@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shlex
+import sys
 import textwrap
 
 import numpy as np
@@ -343,3 +344,37 @@ def test_the_readmes_figures_in_words_are_those_of_the_results():
             *(f"{its['median']:.0f} % ({', '.join(f'{v:.0f}' for v in its['values'])})"
               for its in left)):
         assert quoted in text, quoted
+
+
+def results_of(name):
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def test_the_readmes_other_tables_are_those_of_their_results():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import compare
+    wanted = compare.table(results_of("compare"), "full").splitlines()
+    for its in results_of("guidance_interval")["results"].values():
+        pairs = [f"{its[arm][name]:.{n}f}" for name, n in (
+            ("colour W1", 2), ("cosine", 3), ("nuclei r", 2)) for arm in ("base", "both")]
+        wanted.append(f"| {its['rows']} | {' | '.join(pairs)} |")
+    places = [("colour W1", 2), ("H angle °", 1), ("E angle °", 1), ("cosine", 3), ("nuclei r", 2)]
+    for variant in results_of("adaptation_nct_grid")["variants"].values():
+        both = variant["columns"]["both"]
+        cells = [f"{both[name]['median']:.{n}f}" for name, n in places]
+        wanted.append(f"| {variant['colour, % of base']['median']:.0f} | {' | '.join(cells)} |")
+    procedural = results_of("adaptation_procedural")["variants"]["default"]["columns"]
+    for column in ("base", "both", "colour_only"):
+        cells = [f"{its['median']:.{n}f} ({min(its['values']):.{n}f}…{max(its['values']):.{n}f})"
+                 for name, n in places for its in [procedural[column][name]]]
+        wanted.append(f"| {' | '.join(cells)} |")
+    levers = results_of("levers")
+    for name in ("one product for q, k, v", "LoRA active, not fused, forward", "compiled, train",
+                 "compiled, forward"):
+        ratios = [f"{levers[word][name]['ratio']['median']:.2f}" for word in ("bf16", "float32")]
+        wanted.append(f"| {' | '.join(ratios)} |")
+    by_hand = [[f"{levers[word][f'backward of LoRA by hand, batch {n}']['ratio']['median']:.2f}"
+                for n in (1, 4)] for word in ("bf16", "float32")]
+    wanted.append(f"| {' | '.join(' / '.join(pair) for pair in by_hand)} |")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [row for row in wanted if row not in text] == [] and len(wanted) > 40
