@@ -153,10 +153,11 @@ def collect(work, options) -> dict:
             if recipe != common:
                 sys.exit(f"{path}: made with other settings than the first report; give each "
                          "recipe a --work of its own")
-        columns = {column: {
-            heading: summary([report["results"][column].get(group, {}).get("values", {}).get(key)
-                              for report in reports])
-            for heading, (group, key) in MEASURES.items()} for column in last["results"]}
+        columns = {}
+        for column in last["results"]:
+            values = [values_of(report, column) for report in reports]
+            columns[column] = {heading: summary([its[heading] for its in values])
+                               for heading in MEASURES}
         variants[name] = {
             "flags": VARIANTS[name], "seeds": len(reports), "columns": columns,
             "colour, % of base": summary([
@@ -168,6 +169,12 @@ def collect(work, options) -> dict:
             **{key: last[key] for key in ("data", "tiles", "settings", "training_settings",
                                           "versions", "machine", "date")},
             "base_hash": last["hashes"]["base"], "variants": variants}
+
+
+def values_of(report, column) -> dict:
+    """heading → value in a column of a report, None where it has none."""
+    return {heading: report["results"][column].get(group, {}).get("values", {}).get(key)
+            for heading, (group, key) in MEASURES.items()}
 
 
 def seconds(run) -> float | None:

@@ -10,16 +10,16 @@ guided step takes two, another one.
 
 import argparse
 import json
-import math
 from pathlib import Path
 
-from adaptation import MEASURES
+from adaptation import values_of
 
 from pixcell_min.checkpoint import write_text
+from pixcell_min.pipeline import is_guided
 from pixcell_min.schedulers import NoiseSchedule, build_scheduler
 from pixcell_min.tools import evaluate
 
-SCALES, STEPS, SCHEDULER = (1.5, 3.0), 20, "dpmpp_2m"
+SCALES, STEPS, SCHEDULER, ARMS = (1.5, 3.0), 20, "dpmpp_2m", ("base", "both")
 # Noise levels √((1−ᾱ)/ᾱ) run from 0.01 to 157, latents have a deviation near 1. The middle is where
 # Kynkäänniemi et al. 2024 guide (their data's deviation is a half).
 INTERVALS = {"everywhere": None, "0.4 to 3": (0.4, 3.0), "below 3": (0.0, 3.0)}
@@ -27,15 +27,8 @@ INTERVALS = {"everywhere": None, "0.4 to 3": (0.4, 3.0), "below 3": (0.0, 3.0)}
 
 def rows(interval) -> int:
     """How many rows the network sees in drawing one image."""
-    low, high = interval or (0.0, math.inf)
     steps = build_scheduler(SCHEDULER, NoiseSchedule.linear()).steps(STEPS)
-    return sum(2 if low <= step.sigma / step.alpha <= high else 1 for step in steps)
-
-
-def columns(report, arms=("base", "both")) -> dict:
-    """arm → measure → value of a report."""
-    return {arm: {heading: report["results"][arm].get(group, {}).get("values", {}).get(key)
-                  for heading, (group, key) in MEASURES.items()} for arm in arms}
+    return sum(1 + is_guided(step, SCALES[0], interval) for step in steps)
 
 
 def main() -> None:
@@ -53,11 +46,12 @@ def main() -> None:
             if not (folder / "report.json").exists() and evaluate.main([
                     "--data", str(options.data), "--run", str(options.run), "--out", str(folder),
                     "--guidance-scale", str(scale), "--steps", str(STEPS), "--scheduler", SCHEDULER,
-                    "--arms", "base,both", "--count", "34", *limits]):
+                    "--arms", ",".join(ARMS), "--count", "34", *limits]):
                 raise SystemExit(f"{folder}: not evaluated")
             report = json.loads((folder / "report.json").read_text())
             results[f"{scale:g}, {name}"] = {"scale": scale, "interval": interval,
-                                             "rows": rows(interval), **columns(report)}
+                                             "rows": rows(interval),
+                                             **{arm: values_of(report, arm) for arm in ARMS}}
     kept = {key: report[key] for key in ("tiles", "versions", "machine", "date", "training_settings")}
     write_text(options.out, json.dumps({"results": results, **kept}, indent=1) + "\n")
     print(json.dumps(results, indent=1))

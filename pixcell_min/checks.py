@@ -11,7 +11,7 @@ import reprlib
 from collections.abc import Callable
 from typing import NamedTuple
 
-LARGEST = 2**63 - 1  # what arithmetic with fractions and tensors can still take
+LARGEST_INT = 2**63 - 1  # what arithmetic with fractions and tensors can still take
 WRONG = (ValueError, TypeError, OverflowError)  # what the conversions and checks below raise
 
 
@@ -49,7 +49,7 @@ def _keep(value, condition):
 def integer(low: int, high: float = math.inf) -> Check:
     """A whole number of 64 bits from low to high, both included; neither True nor 8.0."""
     expected = f"an integer >= {low}" if high == math.inf else f"an integer from {low} to {high}"
-    high = min(high, LARGEST)
+    high = min(high, LARGEST_INT)
     return Check(expected, int, lambda v: _keep(v, type(v) is int and low <= v <= high))
 
 
@@ -107,7 +107,7 @@ fraction = number(0, 1)
 BELOW_ONE, SHARE = number(0, 1, below=True), number(0, 1, above=True, below=True)
 INT_OR_NULL = Check("null or an integer >= 1", int,
                     lambda v: None if v is None else positive_int.accept(v))
-SEED, BLOCK = integer(0, 2**63 - 1), integer(0, 999)  # 999: "0-9999999999" would fill memory
+SEED, BLOCK = integer(0, LARGEST_INT), integer(0, 999)  # 999: "0-9999999999" would fill memory
 TEXT = Check("text", str, lambda v: _keep(v, isinstance(v, str) and v.strip()))
 TEXT_OR_NULL = Check("text or null", str, lambda v: None if v is None else TEXT.accept(v))
 FLAG = Check("true or false", lambda v: v, lambda v: _keep(v, isinstance(v, bool)))

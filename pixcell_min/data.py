@@ -21,7 +21,7 @@ SUFFIXES = (".tif", ".tiff", ".png", ".jpg", ".jpeg", ".webp", ".bmp")
 FORMATS = ("TIFF", "PNG", "JPEG", "WEBP", "BMP")  # else an EPS named .png would start Ghostscript
 MAX_TILE_PIXELS = 2**26  # 8192 × 8192: a tile, not a slide and not a decompression bomb
 PHOTOMETRIC = 262  # the TIFF tag; 0 means that white is zero
-warnings.filterwarnings("ignore", module="PIL")  # remarks on what is then refused in one line
+warnings.filterwarnings("ignore", module="PIL")  # an unreadable file is refused in one line
 DECODE_AHEAD = 4  # tiles per thread that wait for whoever encodes them
 # What Pillow lets out on broken files: the first five were seen on a million damaged ones.
 DECODE_ERRORS = (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError,

@@ -12,7 +12,7 @@ from pixcell_min.checkpoint import load_strict, read_tensors
 GROUP_BYTES = 2**27  # of the file, mapped at a time while it is converted
 
 
-def build(make, source):
+def build_on_meta(make, source):
     """`make()` on the meta device: no random start is computed for weights that are overwritten.
 
     Raises: ValueError naming `source`, the configuration, if it makes no network or one too large.

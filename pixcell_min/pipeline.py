@@ -39,10 +39,8 @@ def denoise(transformer, sampler, condition, generator, *, num_inference_steps=5
     """One condition (1, S, E) → latents (1, C, H, W) float32.
 
     `generator` draws the start and every step's noise. size: latent (H, W), default the training
-    size; guidance_scale 1: no unconditional half; guidance_interval (low, high): guided where the
-    noise level √((1−ᾱ)/ᾱ) lies in it (Kynkäänniemi et al. 2024), None: always; dtype: of autocast.
+    size; guidance_scale, guidance_interval: as is_guided takes them; dtype: of autocast.
     """
-    low, high = guidance_interval or (0.0, math.inf)
     config, device = transformer.config, condition.device
     height, width = size or (config.sample_size, config.sample_size)
     channels, steps = config.in_channels, sampler.steps(num_inference_steps)
@@ -50,20 +48,30 @@ def denoise(transformer, sampler, condition, generator, *, num_inference_steps=5
     latents, x0 = noise.to(device) * sampler.init_noise_sigma(num_inference_steps), None
     null = transformer.uncond_embedding[None].to(condition)                  # (1, S, E)
     for step in progress(steps):
-        is_guided = guidance_scale != 1 and low <= step.sigma / step.alpha <= high
-        tokens = torch.cat([null, condition]) if is_guided else condition    # (2 or 1, S, E)
+        guided_here = is_guided(step, guidance_scale, guidance_interval)
+        tokens = torch.cat([null, condition]) if guided_here else condition  # (2 or 1, S, E)
         model_input = sampler.scale_model_input(latents, step).expand(len(tokens), -1, -1, -1)
         with autocast(device, dtype):
             output = transformer(model_input.to(transformer.scale_shift_table.dtype),
                                  step.timestep, tokens).float()
         guided = output[-1:]                                                 # (1, C or 2C, H, W)
-        if is_guided:
+        if guided_here:
             # Epsilon is guided; a learned variance, where the sampler uses it, is the condition's.
             epsilon = output[:1, :channels] + guidance_scale * (
                 output[1:, :channels] - output[:1, :channels])
             guided = torch.cat([epsilon, guided[:, channels:]], dim=1)
         latents, x0 = sampler.step(guided, latents, step, generator, x0)
     return latents
+
+
+def is_guided(step, guidance_scale, guidance_interval) -> bool:
+    """Whether a sampler's step takes an unconditional half: not at scale 1.
+
+    Nor where the noise level √((1−ᾱ)/ᾱ) lies outside guidance_interval (low, high), ends included,
+    if there is one (Kynkäänniemi et al. 2024).
+    """
+    low, high = guidance_interval or (0.0, math.inf)
+    return guidance_scale != 1 and low <= step.sigma / step.alpha <= high
 
 
 class PixCellPipeline:
@@ -137,7 +145,7 @@ class PixCellPipeline:
         embedding: (E,), (S, E) or (B, S, E), from `encoder` or adapter; scheduler: ddim,
         euler_ancestral, ddpm or dpmpp_2m; seed: an int (image i uses seed + i) or one int per
         image; progress: wraps the list of steps, default a bar on a terminal; guidance_interval:
-        as in `denoise`. Raises: ValueError for wrong shapes, names, counts, an interval that is
+        as in `is_guided`. Raises: ValueError for wrong shapes, names, counts, an interval that is
         none, or values that are not finite.
         """
         embedding = self._conditions(embedding)

@@ -17,7 +17,7 @@ from torch import Tensor
 # What is done here, in the words of diffusers' scheduler_config.json: another value is refused.
 _OFF = """thresholding rescale_betas_zero_snr use_karras_sigmas use_exponential_sigmas
     use_beta_sigmas use_lu_lambdas use_flow_sigmas use_dynamic_shifting euler_at_final"""
-LARGEST = 10**6  # num_train_timesteps
+MAX_TIMESTEPS = 10**6  # far above any released schedule's
 _FIXED = dict.fromkeys(_OFF.split(), False) | dict(
     algorithm_type="dpmsolver++", solver_type="midpoint", solver_order=2,
     final_sigmas_type="zero", lambda_min_clipped=-math.inf)
@@ -75,9 +75,9 @@ class NoiseSchedule:
         kind = _choice("beta_schedule", config.get("beta_schedule"), ("linear", "scaled_linear"))
         ends = [config.get("beta_start", 1e-4), config.get("beta_end", 0.02)]
         fractions = all(type(beta) is float and beta > 0 for beta in ends)
-        if type(count) is not int or not 1 <= count <= LARGEST or not fractions:
+        if type(count) is not int or not 1 <= count <= MAX_TIMESTEPS or not fractions:
             raise ValueError("scheduler config: num_train_timesteps, beta_start, beta_end are "
-                             f"{[count, *ends]}, expected 1 to {LARGEST} and two fractions")
+                             f"{[count, *ends]}, expected 1 to {MAX_TIMESTEPS} and two fractions")
         if kind == "linear":
             return cls.linear(count, *ends, prediction_type)
         # Stable Diffusion's: square roots of beta in equal steps.

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from pixcell_min.checkpoint import read_json
 from pixcell_min.embeddings import (CaptionProjection, PatchEmbed, TimestepModulation,
                                     TokenPositions)
-from pixcell_min.loading import build, load_weights
+from pixcell_min.loading import build_on_meta, load_weights
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 PLAIN_ATTENTION_UP_TO = 1024  # tokens: a 512-px tile; its N×N products are kept for the backward
@@ -31,7 +31,7 @@ FIXED = {"_class_name": "PixCellTransformer2DModel", "activation_fn": "gelu-appr
          "attention_bias": True, "attention_type": "default", "norm_type": "ada_norm_single",
          "norm_elementwise_affine": False, "use_additional_conditions": False, "dropout": 0.0}
 # Far above any released network's; a broken configuration would be built for hours.
-LARGEST, LARGEST_OTHER = {"num_layers": 256, "sample_size": 1024}, 2**16
+MAX_SIZES, MAX_SIZE = {"num_layers": 256, "sample_size": 1024}, 2**16
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class TransformerConfig:
             if key in optional and not positive and (
                     (key, values[key]) != ("interpolation_scale", None)):
                 raise ValueError(f"{source}: {key} must be a positive number, got {values[key]!r}")
-            largest = LARGEST.get(key, LARGEST_OTHER)
+            largest = MAX_SIZES.get(key, MAX_SIZE)
             if key not in optional and not (
                     type(values[key]) is int and 1 <= values[key] <= largest):
                 raise ValueError(f"{source}: {key} must be a positive integer, got "
@@ -198,7 +198,7 @@ class PixCellTransformer(nn.Module):
         folder = Path(folder)
         path = folder / "config.json"
         config = TransformerConfig.from_dict(read_json(path), path)
-        model = build(lambda: cls(config).to(dtype), path)
+        model = build_on_meta(lambda: cls(config).to(dtype), path)
         prepare(model)
         load_weights(model, folder / WEIGHTS_NAME)
         return model.eval()
@@ -221,8 +221,9 @@ class PixCellTransformer(nn.Module):
         try:
             torch.compile(lambda x: x + 1)(self.scale_shift_table.detach())
         except (RuntimeError, OSError, ImportError) as error:  # no compiler, Triton, headers, cache
-            raise ValueError("torch.compile does not work here ({}); run without --compile".format(
-                str(error).splitlines()[0])) from None
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise ValueError(f"torch.compile does not work here ({reason}); "
+                             "run without --compile") from None
         for block in self.transformer_blocks:
             block.compile()
 

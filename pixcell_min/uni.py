@@ -19,12 +19,12 @@ from PIL import Image
 from torch import nn
 
 from pixcell_min.checkpoint import read_json
-from pixcell_min.loading import build, load_weights
+from pixcell_min.loading import build_on_meta, load_weights
 
 ARCHITECTURE = "vit_giant_patch14_224"
 UNI2H_ARGS = {"img_size": 224, "patch_size": 14, "depth": 24, "num_heads": 24, "embed_dim": 1536,
               "init_values": 1e-5, "mlp_ratio": 2.66667 * 2, "reg_tokens": 8}
-LARGEST, MAX_DEPTH = 2**16, 256  # of model_args; far above any released encoder's
+MAX_SIZE, MAX_DEPTH = 2**16, 256  # of model_args; far above any released encoder's
 WEIGHT_NAMES = ("model.safetensors", "pytorch_model.bin")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -50,10 +50,10 @@ class TileEncoder(nn.Module):
         # Keys beyond ours say nothing new: a network they would change has other tensors.
         args = UNI2H_ARGS | {k: v for k, v in (model_args or {}).items() if k in UNI2H_ARGS}
         largest = {"depth": MAX_DEPTH}
-        if any(isinstance(v, (int, float)) and not abs(v) <= largest.get(k, LARGEST)
+        if any(isinstance(v, (int, float)) and not abs(v) <= largest.get(k, MAX_SIZE)
                for k, v in args.items()):
             raise ValueError(f"model_args {reprlib.repr(args)}: expected a depth of {MAX_DEPTH} "
-                             f"and other numbers of {LARGEST} at most")
+                             f"and other numbers of {MAX_SIZE} at most")
         try:
             self.vit = timm.create_model(
                 ARCHITECTURE, pretrained=False, num_classes=0, no_embed_class=True,
@@ -72,7 +72,7 @@ class TileEncoder(nn.Module):
         """
         config, path = read_encoder(folder)
         source, normalisation = path.with_name("config.json"), _normalisation(config, path.parent)
-        encoder = build(
+        encoder = build_on_meta(
             lambda: cls(config.get("model_args"), *normalisation, tokens).to(dtype), source)
         load_weights(encoder.vit, path)
         return encoder.requires_grad_(False).eval()

@@ -18,13 +18,13 @@ from einops import rearrange
 from torch import nn
 
 from pixcell_min.checkpoint import read_json
-from pixcell_min.loading import build, load_weights
+from pixcell_min.loading import build_on_meta, load_weights
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 NORM_EPS = 1e-6
 LOGVAR_RANGE = (-30.0, 20.0)  # of the unscaled posterior
 # Far above any released network's; a broken configuration would be built for hours.
-LARGEST, MAX_STAGES, MAX_LAYERS = 2**16, 8, 16
+MAX_SIZE, MAX_STAGES, MAX_LAYERS = 2**16, 8, 16
 FIXED = {"_class_name": "AutoencoderKL", "act_fn": "silu", "use_quant_conv": False,
          "use_post_quant_conv": False, "mid_block_add_attention": True}
 
@@ -60,9 +60,9 @@ class VAEConfig:
             kind = (int, float) if name.endswith("_factor") else int
             if not isinstance(numbers, list) or not numbers or any(
                     isinstance(n, bool) or not isinstance(n, kind)
-                    or not abs(n) <= LARGEST or (n <= 0 and name != "shift_factor")
+                    or not abs(n) <= MAX_SIZE or (n <= 0 and name != "shift_factor")
                     for n in numbers):
-                raise ValueError(f"{source}: {name} must be a positive number, {LARGEST} at most, "
+                raise ValueError(f"{source}: {name} must be a positive number, {MAX_SIZE} at most, "
                                  f"got {reprlib.repr(value)}")
         layers, widths = values["layers_per_block"], values["block_out_channels"]
         if layers > MAX_LAYERS or len(widths) > MAX_STAGES:
@@ -218,7 +218,7 @@ class AutoencoderKL(nn.Module):
         folder = Path(folder)
         path = folder / "config.json"
         config = VAEConfig.from_dict(read_json(path), path)
-        model = build(lambda: cls(config).to(dtype), path)
+        model = build_on_meta(lambda: cls(config).to(dtype), path)
         load_weights(model, Path(weights) if weights else folder / WEIGHTS_NAME)
         return model.eval()
 

@@ -2,10 +2,10 @@
 
     python tests/killed_runs.py KILLS SEED OUT FLAGS-OF-train.py…
 
-Every second kill comes at a random moment after the next step was saved, every other at a random file
-operation (flush, rename or deletion, just before or after it). Prints how many kills left a temporary
-file, that is, fell within a write, and how many processes went on from a step above 0. One parent
-imports torch once and forks; it computes nothing itself.
+The kills take turns: at a random moment after the next step was saved; just before a random rename,
+that is, within a write; just before or after a random file operation (flush, rename, deletion).
+Prints how many kills left a temporary file, that is, fell within a write, and how many processes
+went on from a step above 0. One parent imports torch once and forks; it computes nothing itself.
 """
 
 import os
@@ -20,11 +20,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train  # noqa: E402
 
 LONGEST = 0.05  # seconds from a saved step to a kill by the clock
+OPERATIONS = ("fsync", "replace", "unlink")
 LAST = 40  # file operation of a kill; a start takes about 15, a step as many
+LAST_RENAME = 12  # rename of a kill; about a third of the operations are
 
 
-def die_at(operation: int, before: bool) -> None:
-    """Kill this process at its file operation of that number."""
+def die_at(names, operation: int, before: bool) -> None:
+    """Kill this process at its operation of that number, of the functions of `os` so named."""
     count = iter(range(1, sys.maxsize))
 
     def fatal(call):
@@ -38,18 +40,18 @@ def die_at(operation: int, before: bool) -> None:
             return result
         return counted
 
-    for name in ("fsync", "replace", "unlink"):
+    for name in names:
         setattr(os, name, fatal(getattr(os, name)))
 
 
-def start(flags, operation=None, before=False) -> int:
+def start(flags, kill=None) -> int:
     """A forked process that trains, silently; → its id."""
     if child := os.fork():
         return child
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1), os.dup2(silence, 2)
-    if operation:
-        die_at(operation, before)
+    if kill:
+        die_at(*kill)
     os._exit(train.main(flags))
 
 
@@ -66,10 +68,11 @@ def main(kills, seed, out, *flags) -> int:
         resume, went_on = saved >= 0, went_on + (saved > 0)
         command = ["--resume", "--out", str(out)] if resume else [
             *flags, "--out", str(out), *["--overwrite"] * out.exists()]
-        last, by_clock = number == int(kills), number % 2
-        child = start(command, None if last or by_clock else chance.randint(1, LAST),
-                      chance.random() < 0.5)
-        if by_clock and not last:
+        last, turn = number == int(kills), number % 3
+        kill = [(("replace",), chance.randint(1, LAST_RENAME), True), None,
+                (OPERATIONS, chance.randint(1, LAST), chance.random() < 0.5)][turn]
+        child = start(command, None if last else kill)
+        if kill is None and not last:
             while newest(out) <= max(saved, 0) and not os.waitid(
                     os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
                 time.sleep(0.001)

@@ -2,13 +2,17 @@
 
 import importlib.util
 import json
+import sys
 
 import pytest
+import torch
 
 from conftest import ROOT
+from pixcell_min.lora import LoRALinear
 from pixcell_min.config import parse_train
 from pixcell_min.tools.synthetic import FIRST, SECOND, write_dataset
 
+sys.path.insert(0, str(ROOT / "benchmarks"))  # where they find each other
 
 
 def benchmark(name):
@@ -83,3 +87,31 @@ def test_the_cost_of_saving_is_that_of_files_which_resume(tiny_base, tmp_path):
         "lora_weights.safetensors", "adapter.safetensors"}
     assert min(result[f"{name}_seconds"] for name in ("step", "save", "load")) > 0
     assert 0 < result["share_of_time_saving"] < 1
+
+
+def test_the_backward_by_hand_is_that_of_autograd():
+    levers, results = benchmark("levers"), []
+    layer = LoRALinear(torch.nn.Linear(6, 5), 2, 5, generator=torch.Generator().manual_seed(0))
+    torch.nn.init.normal_(layer.lora_B, generator=torch.Generator().manual_seed(1))
+    given = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(2))
+    for way in (LoRALinear.forward, levers.by_hand):
+        x = given.clone().requires_grad_()
+        layer.zero_grad()
+        out = way(layer, x)
+        out.square().sum().backward()
+        results.append([out, x.grad, layer.lora_A.grad, layer.lora_B.grad])
+    for ours, other in zip(*results):
+        torch.testing.assert_close(other, ours, rtol=1e-5, atol=1e-5)
+
+
+def test_a_lever_is_the_other_ways_time_over_ours_after_a_turn_to_warm_up(monkeypatch):
+    levers, clock = benchmark("levers"), iter([0, 1, 1, 9, 0, 2, 2, 6])
+    monkeypatch.setattr(levers.time, "process_time", clock.__next__)
+    result = levers.ratio(lambda: [torch.tensor(2.0)], lambda: [torch.tensor(3.0)], 1)
+    assert result == {"ratio": {"median": 2, "min": 2, "max": 2}, "seconds": 2, "difference": 0.5}
+
+
+def test_rows_of_a_guided_image_are_counted_by_the_pipelines_rule():
+    interval = benchmark("guidance_interval")
+    assert {name: interval.rows(its) for name, its in interval.INTERVALS.items()} == {
+        "everywhere": 40, "0.4 to 3": 27, "below 3": 29}

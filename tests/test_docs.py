@@ -283,10 +283,19 @@ LABELS = {"base": "base", "adapter only": "adapter", "LoRA only": "lora",
           "copies of training tiles": "copies"}
 DECIMALS = {"colour W1": 2, "H angle °": 1, "E angle °": 1, "cosine": 3, "over shuffled": 3,
             "nuclei r": 2, "nearer than 5 %": 2}
-RESULTS = {name: json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
-           for name in ("adaptation_nct", "adaptation_nct_unguided", "adaptation_kather_unguided",
-                        "first_run", "nano_nct", "precision")}
-ADAPTATIONS = [RESULTS[name] for name in RESULTS if name.startswith("adaptation")]
+RESULTS = {path.stem: json.loads(path.read_text(encoding="utf-8"))
+           for path in (ROOT / "benchmarks" / "results").glob("*.json")}
+ADAPTATIONS = [RESULTS[f"adaptation_{name}"] for name in ("nct", "nct_unguided", "kather_unguided")]
+README = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+
+
+def assert_quoted(*quoted):
+    assert [words for words in quoted if words not in README] == []
+
+
+def percents(its):
+    """A median and its seeds, in per cent."""
+    return f"{its['median']:.0f} % ({', '.join(f'{v:.0f}' for v in its['values'])})"
 
 
 def row(label, results):
@@ -319,7 +328,6 @@ def test_the_readmes_figures_of_mutants_are_those_of_the_report():
 
 
 def test_the_readmes_figures_in_words_are_those_of_the_results():
-    text = " ".join((ROOT / "README.md").read_text().split())
     first, nano = RESULTS["first_run"], RESULTS["nano_nct"]
     losses = list(first["validation_loss"].values())
     trainable, share, total = re.search(
@@ -328,7 +336,7 @@ def test_the_readmes_figures_in_words_are_those_of_the_results():
     left = [its["variants"]["default"]["colour, % of base"] for its in ADAPTATIONS]
     bf16, fp16 = (RESULTS["precision"]["relative_to_float32"][name] for name in ("bf16", "fp16"))
     assert fp16["skipped"] == 0 and len(fp16["loss"]) == len(bf16["loss"])
-    for quoted in (
+    assert_quoted(
             f"over {len(bf16['loss'])} steps of the embedded base its losses",
             f"lie within {100 * bf16['largest']:.2f} % of float32's",
             f"float16's within {100 * fp16['largest']:.3f} % with no step skipped",
@@ -341,34 +349,35 @@ def test_the_readmes_figures_in_words_are_those_of_the_results():
             f"{first['file_bytes']['adapter.safetensors'] / 1e6:.2f} MB (adapter)",
             f"with {nano['vae_psnr_db']['of the mean squared error']:.1f} dB",
             f"cosine {', '.join(cosines)}; {len(nano['guidance_tiles'])} tiles",
-            *(f"{its['median']:.0f} % ({', '.join(f'{v:.0f}' for v in its['values'])})"
-              for its in left)):
-        assert quoted in text, quoted
+            *map(percents, left))
 
 
-def results_of(name):
-    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+def compared():
+    """benchmarks/compare.py as a module."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import compare
+    return compare
+
+
+PLACES = [("colour W1", 2), ("H angle °", 1), ("E angle °", 1), ("cosine", 3), ("nuclei r", 2)]
 
 
 def test_the_readmes_other_tables_are_those_of_their_results():
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    import compare
-    wanted = compare.table(results_of("compare"), "full").splitlines()
-    for its in results_of("guidance_interval")["results"].values():
+    wanted = compared().table(RESULTS["compare"], "full").splitlines()
+    for its in RESULTS["guidance_interval"]["results"].values():
         pairs = [f"{its[arm][name]:.{n}f}" for name, n in (
             ("colour W1", 2), ("cosine", 3), ("nuclei r", 2)) for arm in ("base", "both")]
         wanted.append(f"| {its['rows']} | {' | '.join(pairs)} |")
-    places = [("colour W1", 2), ("H angle °", 1), ("E angle °", 1), ("cosine", 3), ("nuclei r", 2)]
-    for variant in results_of("adaptation_nct_grid")["variants"].values():
+    for variant in RESULTS["adaptation_nct_grid"]["variants"].values():
         both = variant["columns"]["both"]
-        cells = [f"{both[name]['median']:.{n}f}" for name, n in places]
+        cells = [f"{both[name]['median']:.{n}f}" for name, n in PLACES]
         wanted.append(f"| {variant['colour, % of base']['median']:.0f} | {' | '.join(cells)} |")
-    procedural = results_of("adaptation_procedural")["variants"]["default"]["columns"]
+    procedural = RESULTS["adaptation_procedural"]["variants"]["default"]["columns"]
     for column in ("base", "both", "colour_only"):
         cells = [f"{its['median']:.{n}f} ({min(its['values']):.{n}f}…{max(its['values']):.{n}f})"
-                 for name, n in places for its in [procedural[column][name]]]
+                 for name, n in PLACES for its in [procedural[column][name]]]
         wanted.append(f"| {' | '.join(cells)} |")
-    levers = results_of("levers")
+    levers = RESULTS["levers"]
     for name in ("one product for q, k, v", "LoRA active, not fused, forward", "compiled, train",
                  "compiled, forward"):
         ratios = [f"{levers[word][name]['ratio']['median']:.2f}" for word in ("bf16", "float32")]
@@ -376,5 +385,82 @@ def test_the_readmes_other_tables_are_those_of_their_results():
     by_hand = [[f"{levers[word][f'backward of LoRA by hand, batch {n}']['ratio']['median']:.2f}"
                 for n in (1, 4)] for word in ("bf16", "float32")]
     wanted.append(f"| {' | '.join(' / '.join(pair) for pair in by_hand)} |")
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert [row for row in wanted if row not in text] == [] and len(wanted) > 40
+    wanted += [f"| {name} | {its['seconds']:.3g} | {its['peak_mb'] / 1e3:.2f} |"
+               for name, its in RESULTS["full_size_amd_epyc"]["measures"].items() if its]
+    assert [row for row in wanted if row not in README] == [] and len(wanted) > 60
+
+
+def test_the_readmes_words_on_adaptation_are_those_of_the_results():
+    kather, procedural = (RESULTS[f"adaptation_{name}"] for name in ("kather_unguided", "procedural"))
+    cosine = [kather["variants"]["default"]["columns"][arm]["cosine"]["values"]
+              for arm in ("base", "both")]
+    gains = [f"{after - before:.2f}" for before, after in zip(*cosine)]
+    angles = [max(kather["variants"]["default"]["columns"]["both"][name]["values"])
+              for name in ("H angle °", "E angle °")]
+    guided = RESULTS["adaptation_kather"]["variants"]["default"]["colour, % of base"]["median"]
+    away = procedural["true_shift"]
+    grid = {name: its["colour, % of base"]["median"]
+            for name, its in RESULTS["adaptation_nct_grid"]["variants"].items()}
+    ranks = [grid[name] for name in grid if name.startswith("rank") or name == "default"]
+    turned = [RESULTS["adaptation_nct_grid"]["variants"][name]["columns"]["both"]["H angle °"]["median"]
+              for name in ("default", "cross-attention alone", "self-attention alone")]
+    everywhere, within = (RESULTS["guidance_interval"]["results"][f"3, {name}"]["both"]
+                          for name in ("everywhere", "0.4 to 3"))
+    assert_quoted(
+        f"by {', '.join(gains[:-1])} and {gains[-1]}, and no 95 %",
+        f"in one seed ({angles[0]:.1f}° and {angles[1]:.1f}°)", f"leaves {guided:.0f} % of the",
+        f"Colour left: {percents(procedural['variants']['default']['colour, % of base'])}",
+        f"lies {away['colour W1']:.2f} away in colour W1, {away['H angle °']:.1f}° and "
+        f"{away['E angle °']:.1f}° in the angles",
+        f"{min(ranks):.0f} to {max(ranks):.0f} % of the colour shift are left",
+        f"with rank 8 ({grid['rank 8, alpha 8']:.0f})", f"with rank 8 ({grid['rank 8, alpha 32']:.0f})",
+        f"as much as both ({grid['LoRA trained alone']:.0f} %)",
+        f"the adapter alone {grid['adapter trained alone']:.0f} %, at six times its rate "
+        f"{grid['adapter trained alone, 3e-3']:.0f} %",
+        f"moves the colour most ({grid['cross-attention alone']:.0f} %)",
+        "({:.1f}° against {:.1f}° and {:.1f}°)".format(*turned),
+        f"({within['colour W1']:.2f} against {everywhere['colour W1']:.2f} everywhere)",
+        f"(nuclei {within['nuclei r']:.2f} against {everywhere['nuclei r']:.2f})")
+
+
+def test_the_readmes_words_on_cost_are_those_of_the_results():
+    full = {name.removeprefix("full "): its for name, its in RESULTS["compare"].items()}
+    seconds = {name: [f"{its['seconds'][side]:.2f}" for side in ("ours", "peer")]
+               for name, its in full.items()}
+    equal = [its["ratio"]["median"] for name, its in full.items()
+             if name != "load" and not name.startswith("defaults")]
+    memory = [its["memory_ratio"] for name, its in full.items()
+              if name.startswith("train") and "compiled" not in name]
+    assert all(its["difference"] <= 2.05e-6 for name, its in full.items() if name.endswith("float32"))
+    (trained, plain), (step, active) = (
+        [seconds[f"{name}-bf16"] for name in names] for names in (
+            ("train-1-compiled", "train-1"), ("forward-compiled", "forward-unmerged")))
+    bf16, float32 = RESULTS["levers"]["bf16"], RESULTS["levers"]["float32"]
+    rates = [its["matrix products, flop per second"] / 1e12 for its in (bf16, float32)]
+    share = "matrix products, share of a training step"
+    once = bf16["the same in all steps, share"]
+    saved = [bf16[f"each projection casts, batch {n}"]["saved_mb"] for n in (1, 4)]
+    features, resume = RESULTS["features"], RESULTS["resume"]
+    training, decoded = features["training_tiles_per_second"], features["decoded_tiles_per_second"]
+    held = features["megabytes_not_page_cache_after_tiles"]
+    assert {round(100 * (1 - its["ours"] / its["other"])) for its in saved} == {11}
+    assert_quoted(
+        f"(ratios {min(equal):.2f} to {max(equal):.2f} at equal precision)",
+        f"Training takes {min(memory):.1f} to {max(memory):.1f} of the memory",
+        f"a training step {plain[0]} → {trained[0]} s and theirs {plain[1]} → {trained[1]} s, a forward "
+        f"with active LoRA {active[0]} → {step[0]} s and theirs {active[1]} → {step[1]} s",
+        f"would save {100 * once['modulation and condition']:.1f} % of a forward, cross-attention's "
+        f"output {100 * once['cross-attention']:.1f} %", "activations 11 % smaller",
+        f"are {100 * bf16[share]:.0f} % of a training step in bf16 and {100 * float32[share]:.0f} % in float32",
+        f"makes {rates[0]:.3f} TFLOP/s of such products in bf16 and {rates[1]:.3f} in float32",
+        f"two need {0.565 / 2 / rates[0]:.2f} s and {0.565 / 2 / rates[1]:.2f} s",
+        f"ours takes {plain[0]} s and {seconds['train-1-float32'][0]} s, the peer {plain[1]} s and "
+        f"{seconds['train-1-float32'][1]} s",
+        f"sees {training['cached']} tiles a second, encoding each batch anew "
+        f"{training['encoded_at_each_step']} ({training['ratio']:.1f} times less)",
+        f"first pass makes {features['first_pass_tiles_per_second']['1 thread(s)']:.1f} tiles a second",
+        f"opens 16 tiles in {1e3 * features['second_pass_seconds']:.0f} ms",
+        f"decode {decoded['2 thread(s)']:,.0f} tiles a second, two processes {decoded['2 process(es)']:.0f}",
+        f"{held['1000']} MB after 1,000 tiles and {held['20000']} MB after 20,000",
+        f"A save takes {resume['save_seconds']} s, {100 * resume['share_of_time_saving']:.2f} % of the time",
+        f"up again {resume['load_seconds']} s")

@@ -9,7 +9,6 @@ import sys
 import textwrap
 import time
 
-import mutation
 import pytest
 from conftest import ROOT
 from mutation import (

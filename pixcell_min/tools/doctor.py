@@ -22,7 +22,7 @@ from pixcell_min.base import (NANO, REPOSITORY, encoder_folder, find_base, read_
                               read_vae_config, vae_weights)
 from pixcell_min.checkpoint import BROKEN_PICKLE, read_json
 from pixcell_min.checks import OneLineParser, one_line
-from pixcell_min.loading import build
+from pixcell_min.loading import build_on_meta
 from pixcell_min.precision import DTYPES, choose_device, choose_dtype
 from pixcell_min.released import RELEASES, how_to_get
 from pixcell_min.tools.download import RECORD, damaged
@@ -102,21 +102,22 @@ def check_transformer(base: Path) -> int:
     """Names and shapes in the file are those of its configuration. → parameters; ValueError."""
     path = base / "transformer" / "config.json"
     config = TransformerConfig.from_dict(read_json(path), path)
-    model = build(lambda: PixCellTransformer(config), path)
+    model = build_on_meta(lambda: PixCellTransformer(config), path)
     return compare(model, base / "transformer" / WEIGHTS_NAME)
 
 
 def check_vae(base: Path) -> int:
     """As `check_transformer`, of the VAE's configuration here and its weights wherever they lie."""
     config = read_vae_config(base)
-    model = build(lambda: AutoencoderKL(config), base / "vae" / "config.json")
+    model = build_on_meta(lambda: AutoencoderKL(config), base / "vae" / "config.json")
     return compare(model, vae_weights(base))
 
 
 def check_encoder(base: Path) -> int:
     """As `check_transformer`, of the tile encoder wherever it lies."""
     config, path = read_encoder(encoder_folder(base))
-    model = build(lambda: TileEncoder(config.get("model_args")).vit, path.with_name("config.json"))
+    model = build_on_meta(lambda: TileEncoder(config.get("model_args")).vit,
+                          path.with_name("config.json"))
     return compare(model, path)
 
 
