@@ -12,14 +12,19 @@ import textwrap
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import fuzzing
 from conftest import ROOT
+from pixcell_min.adapter import EmbeddingAdapter
 from pixcell_min.config import parse_train
+from pixcell_min.features import SHARD_BYTES
+from pixcell_min.lora import count_parameters, inject_lora
+from pixcell_min.released import RELEASES
 from pixcell_min.schedulers import NoiseSchedule
 from pixcell_min.training import DEBIASED_MAX
-from pixcell_min.transformer import TransformerConfig
+from pixcell_min.transformer import PixCellTransformer, TransformerConfig
 from pixcell_min.vae import VAEConfig
 
 GUIDE = ROOT / "docs" / "guide.md"
@@ -464,3 +469,22 @@ def test_the_readmes_words_on_cost_are_those_of_the_results():
         f"{held['1000']} MB after 1,000 tiles and {held['20000']} MB after 20,000",
         f"A save takes {resume['save_seconds']} s, {100 * resume['share_of_time_saving']:.2f} % of the time",
         f"up again {resume['load_seconds']} s")
+
+
+def test_the_readmes_sizes_follow_from_the_code():
+    sizes, shape = TransformerConfig(), (32, 32)
+    with torch.device("meta"):
+        model = PixCellTransformer(sizes)
+    inject_lora(model, 8, 16, exclude=model.inert_layers())
+    (lora, inside), (adapter, _) = map(count_parameters, (model, EmbeddingAdapter(
+        sizes.caption_channels)))
+    megabytes = [4 * (2 * 16 * shape[0] * shape[1] * scale**2 + scale**2 * sizes.caption_channels)
+                 / 1e6 for scale in (1, 4)]  # mean and deviation, and the tokens, in float32
+    random = RESULTS["full_size_amd_epyc"]["file_bytes"]
+    assert_quoted(
+        f"of PixCell-256, LoRA and adapter are {100 * (lora + adapter) / (inside + adapter):.2f} %",
+        f"in shards of about {SHARD_BYTES / 2**20:.0f} MB",
+        f"{megabytes[0]:.2f} MB on disk with a base of 256 px, {8 * megabytes[0]:.1f} MB with its eight",
+        f"1024 px {megabytes[1]:.1f} MB and {8 * megabytes[1]:.1f} MB",
+        f"fetches about {sum(RELEASES[n].gigabytes for n in ('pixcell-256', 'uni2-h', 'sd3-vae')):.1f} GB",
+        f"in the released layout ({sum(n for name, n in random.items() if '1024' not in name) / 1e9:.1f} GB;")
