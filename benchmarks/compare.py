@@ -112,13 +112,14 @@ def measure(case: dict, repeats: int, bar) -> dict:
         bar.update()
     for side in sides.values():
         side.close()
+    first = {name: its[0]["seconds"] for name, its in turns.items()}  # of "load" imports, too
     seconds, worked = ({name: [turn[what] for turn in its[1:]] for name, its in turns.items()}
                        for what in ("seconds", "cpu_seconds"))
     peak = {name: max(turn["peak_mb"] for turn in its) for name, its in turns.items()}
     imported = statistics.mean(side.memory["imported_mb"] for side in sides.values())
     return {
         "seconds": {name: statistics.median(its) for name, its in seconds.items()},
-        "ratio": ratios_of(seconds), "cpu_ratio": ratios_of(worked),
+        "first_seconds": first, "ratio": ratios_of(seconds), "cpu_ratio": ratios_of(worked),
         "peak_mb": peak, "memory_ratio": peak["ours"] / peak["peer"],
         "memory_ratio_without_torch": (peak["ours"] - imported) / (peak["peer"] - imported),
         "imported_mb": imported, "difference": difference}

@@ -98,13 +98,10 @@ def our_pipeline(case):
     return load_pixcell_base(case["base"], case["device"], case["precision"])
 
 
-def our_trainable(case, pipeline):
-    """As `make_trainable` of train.py: (adapter, optimizer, scaler); LoRA drawn by name.
-
-    No adapter on either side: the peer has none, and to import ours would burden its memory.
-    """
-    from pixcell_min.lora import inject_lora, lora_layers, lora_parameters
-    from pixcell_min.training import build_optimizer, build_scaler
+def our_pipeline_with_lora(case):
+    """A pipeline with LoRA in it, drawn by name."""
+    from pixcell_min.lora import inject_lora, lora_layers
+    pipeline = our_pipeline(case)
     transformer = pipeline.transformer
     rank = case.get("rank", RANK)
     inject_lora(transformer, rank, 2 * rank, exclude=transformer.inert_layers())
@@ -113,19 +110,31 @@ def our_trainable(case, pipeline):
             for part in ("lora_A", "lora_B"):
                 tensor = getattr(layer, part)
                 tensor.copy_(draw_lora(f"{name}.{part}", tensor.shape))
-    transformer.gradient_checkpointing = case.get("checkpointing", False)
     if case.get("compiled"):
         transformer.compile_blocks()
+    return pipeline
+
+
+def our_trainable(case):
+    """As `make_trainable` of train.py: (pipeline, adapter, optimizer, scaler).
+
+    No adapter on either side: the peer has none, and to import ours would burden its memory.
+    """
+    from pixcell_min.lora import lora_parameters
+    from pixcell_min.training import build_optimizer, build_scaler
+    pipeline = our_pipeline_with_lora(case)
+    transformer = pipeline.transformer
+    transformer.gradient_checkpointing = case.get("checkpointing", False)
     transformer.train()
     optimizer = build_optimizer(lora_parameters(transformer), [], RATE, RATE, 0.01)
-    return torch.nn.Identity(), optimizer, build_scaler(pipeline.device, pipeline.dtype)
+    scaler = build_scaler(pipeline.device, pipeline.dtype)
+    return pipeline, torch.nn.Identity(), optimizer, scaler
 
 
 def our_train(case):
     from pixcell_min.lora import lora_layers
     from pixcell_min.training import Batch, diffusion_loss, optimizer_step
-    pipeline = our_pipeline(case)
-    adapter, optimizer, scaler = our_trainable(case, pipeline)
+    pipeline, adapter, optimizer, scaler = our_trainable(case)
     transformer, inputs = pipeline.transformer, draw_inputs(case)
     batch = Batch(inputs["latents"], inputs["embeddings"], inputs["noise"], inputs["timesteps"],
                   torch.zeros(len(inputs["latents"]), dtype=torch.bool)).to(pipeline.device)
@@ -142,10 +151,8 @@ def our_train(case):
 
 
 def our_adapted(case):
-    """A pipeline with LoRA in it, merged where the case says so."""
-    pipeline = our_pipeline(case)
-    our_trainable(case, pipeline)
-    pipeline.transformer.eval()
+    """The same, merged where the case says so."""
+    pipeline = our_pipeline_with_lora(case)
     if case.get("merged"):
         pipeline.fuse_lora(for_good=True)  # as merge_and_unload of the peer
     return pipeline
@@ -181,9 +188,9 @@ def our_sample(case):
 def our_vae(case):
     from pixcell_min.base import load_vae
     from pixcell_min.precision import autocast, choose_dtype
-    vae, (latents, pixels) = load_vae(case["base"], case["device"]), vae_inputs(case)
     device = torch.device(case["device"])
     dtype = choose_dtype(case["precision"], device)
+    vae, (latents, pixels) = load_vae(case["base"], device, dtype), vae_inputs(case)
 
     @torch.no_grad()
     def run():
@@ -247,8 +254,7 @@ def our_first_pass(case):
 def our_epoch(case):
     from pixcell_min.batches import draw_micro_batches
     from pixcell_min.training import diffusion_loss, optimizer_step
-    pipeline = our_pipeline(case)
-    adapter, optimizer, scaler = our_trainable(case, pipeline)
+    pipeline, adapter, optimizer, scaler = our_trainable(case)
 
     def loss_of(batch):
         return diffusion_loss(

@@ -16,7 +16,7 @@ from huggingface_hub.errors import HFValidationError
 
 from pixcell_min.checkpoint import file_hash, read_json
 from pixcell_min.pipeline import PixCellPipeline
-from pixcell_min.precision import choose_device, choose_dtype, hold_products_in
+from pixcell_min.precision import choose_device, choose_dtype, decoding_dtype, hold_products_in
 from pixcell_min.released import RELEASES, VAE_FILE, how_to_get, release_of
 from pixcell_min.schedulers import NoiseSchedule
 from pixcell_min.transformer import WEIGHTS_NAME as TRANSFORMER_WEIGHTS
@@ -109,7 +109,7 @@ def load_pixcell_base(path=None, device="auto", mixed_precision="auto") -> PixCe
     transformer = PixCellTransformer.from_pretrained(
         base / "transformer", prepare=lambda network: hold_products_in(network, dtype))
     transformer.requires_grad_(False).to(device)
-    return PixCellPipeline(transformer, partial(load_vae, base, device),
+    return PixCellPipeline(transformer, partial(load_vae, base, device, decoding_dtype(dtype)),
                            partial(load_encoder, base, device), schedule,
                            base_hash=file_hash(base / "transformer" / TRANSFORMER_WEIGHTS),
                            device=device, dtype=dtype)
@@ -125,11 +125,17 @@ def read_schedule(base) -> NoiseSchedule:
         raise ValueError(f"{path}: {error}") from None
 
 
-def load_vae(base=None, device="auto") -> AutoencoderKL:
-    """The frozen autoencoder of a base folder, float32. Raises: ValueError: missing or broken."""
+def load_vae(base=None, device="auto", decoder_dtype=None) -> AutoencoderKL:
+    """The frozen autoencoder of a base folder; float32, but for the decoder's products.
+
+    decoder_dtype: of autocast around the decoder, or None. Raises: ValueError: missing or broken.
+    """
+    def prepare(vae):
+        vae.to(memory_format=torch.channels_last)  # a CPU convolves faster so
+        hold_products_in(vae.decoder, decoder_dtype)
+
     base = find_base(base)
-    vae = AutoencoderKL.from_pretrained(base / "vae", vae_weights(base))
-    vae.to(memory_format=torch.channels_last)  # a CPU convolves faster so
+    vae = AutoencoderKL.from_pretrained(base / "vae", vae_weights(base), prepare=prepare)
     return vae.requires_grad_(False).to(choose_device(str(device)))
 
 

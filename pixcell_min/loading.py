@@ -1,7 +1,7 @@
 """A large file of weights → a network, strictly: memory-mapped, converted piece by piece.
 
-A file in the network's own dtype is not copied: its pages are read when they are first used. Into
-another dtype the peak is the converted weights and GROUP_BYTES of the file, whatever its size.
+A tensor in the network's own dtype and layout is not copied: its pages are read when it is first
+used. Converted, the peak is the new weights and GROUP_BYTES of the file, whatever its size.
 A file must not be written to in place while a network uses it; replacing it by renaming is safe.
 """
 
@@ -25,17 +25,21 @@ def build_on_meta(make, source):
 
 
 def load_weights(module, path) -> None:
-    """Give `module`, built on the meta device, the tensors of a file, each in its place's dtype.
+    """Give `module`, built on the meta device, a file's tensors, each in its place's dtype, layout.
 
     Raises: ValueError as `read_tensors` and `load_strict` say.
     """
     tensors, _ = read_tensors(path)
-    wanted = {name: place.dtype for name, place in module.state_dict().items()}
-    others = [name for name, tensor in tensors.items() if tensor.is_floating_point()
-              and tensor.dtype != wanted.get(name, tensor.dtype)]
+    places = module.state_dict()
+    others = [name for name, tensor in tensors.items() if name in places
+              and tensor.is_floating_point() and tensor.shape == places[name].shape
+              and (tensor.dtype, tensor.stride()) != (places[name].dtype, places[name].stride())]
     for group in groups(others, [tensors[name].nbytes for name in others], GROUP_BYTES):
         mapped, _ = read_tensors(path)  # anew: what was read counts as used until it is unmapped
-        tensors |= {name: mapped[name].to(wanted[name]) for name in group}
+        for name in group:
+            place = places[name]
+            new = torch.empty_strided(place.shape, place.stride(), dtype=place.dtype)
+            tensors[name] = new.copy_(mapped[name])
         del mapped
     load_strict(module, tensors, path)
 

@@ -252,7 +252,10 @@ def fold_lora(model) -> None:
     if not all(layer.enabled for layer in layers.values()):
         raise ValueError("LoRA is disabled: call enable_lora before folding it")
     for name, layer in layers.items():
+        weight = layer.base.weight.data
         layer.merge()
+        # Into the old place: a mapped file's page then gives way to the new one, not a second one.
+        layer.base.weight.data = weight.copy_(layer.base.weight)
         model.set_submodule(name, layer.base)
 
 

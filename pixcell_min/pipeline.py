@@ -18,7 +18,7 @@ from pixcell_min.data import tensor_to_image
 from pixcell_min.formats import load_loras
 from pixcell_min.lora import (fold_lora, lora_layers, merge_lora, set_lora_scale,
                               unmerge_lora)
-from pixcell_min.precision import autocast
+from pixcell_min.precision import autocast, decoding_dtype
 from pixcell_min.schedulers import NoiseSchedule, build_scheduler
 
 GUIDANCE_SCALE = 1.5  # the released pipeline's
@@ -189,8 +189,8 @@ class PixCellPipeline:
 
     @property
     def decoding_dtype(self) -> torch.dtype | None:
-        """Autocast dtype of the decoder: float16 would overflow there, bfloat16 would not."""
-        return self.dtype if self.dtype == torch.bfloat16 else None
+        """Autocast dtype of the decoder, None for float32."""
+        return decoding_dtype(self.dtype)
 
     @torch.no_grad()
     def decode(self, latents) -> Image.Image:
@@ -198,10 +198,10 @@ class PixCellPipeline:
 
         Raises: ValueError if a pixel is not finite.
         """
-        weight = self.vae.decoder.conv_in.weight
+        latents = latents.to(self.device, torch.float32)  # as scale and shift are undone in it
         large = max(latents.shape[2:]) > TILED_DECODE_ABOVE
         with autocast(self.device, self.decoding_dtype):
-            pixels = (self.vae.decode_tiled if large else self.vae.decode)(latents.to(weight))
+            pixels = (self.vae.decode_tiled if large else self.vae.decode)(latents)
         if not pixels.isfinite().all():
             raise ValueError("the decoded image is not finite: weights or LoRA are broken, "
                              "or float16 overflowed")

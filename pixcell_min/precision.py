@@ -49,6 +49,13 @@ def autocast(device: torch.device, dtype: torch.dtype | None):
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
+def decoding_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
+    """Autocast dtype of the decoder where the denoiser's is `dtype`: float16 would overflow there,
+    bfloat16 would not.
+    """
+    return dtype if dtype == torch.bfloat16 else None
+
+
 def hold_products_in(network: nn.Module, dtype: torch.dtype | None) -> None:
     """Keep weights and biases of linear and convolutional layers in the `dtype` of autocast.
 

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pixcell_min.checkpoint import read_json
 from pixcell_min.embeddings import (CaptionProjection, PatchEmbed, TimestepModulation,
-                                    TokenPositions)
+                                    TokenPositions, normal_start)
 from pixcell_min.loading import build_on_meta, load_weights
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
@@ -147,7 +147,7 @@ class Block(nn.Module):
     def __init__(self, width, heads, eps):
         super().__init__()
         self.eps = eps
-        self.scale_shift_table = nn.Parameter(torch.randn(6, width) / width**0.5)
+        self.scale_shift_table = nn.Parameter(normal_start(6, width))
         self.attn1, self.attn2, self.ff = (
             Attention(width, heads), Attention(width, heads), FeedForward(width))
 
@@ -179,7 +179,7 @@ class PixCellTransformer(nn.Module):
             raise ValueError(
                 f"widths must be multiples of 4, got {width} and {config.caption_channels}")
         self.config, self.gradient_checkpointing = config, False
-        self.scale_shift_table = nn.Parameter(torch.randn(2, width) / width**0.5)
+        self.scale_shift_table = nn.Parameter(normal_start(2, width))
         self.pos_embed = PatchEmbed(config, width)
         self.transformer_blocks = nn.ModuleList(Block(
             width, config.num_attention_heads, config.norm_eps) for _ in range(config.num_layers))

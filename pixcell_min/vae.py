@@ -210,15 +210,18 @@ class AutoencoderKL(nn.Module):
         self.downscale = config.downscale
 
     @classmethod
-    def from_pretrained(cls, folder, weights=None, dtype=torch.float32):
+    def from_pretrained(cls, folder, weights=None, dtype=torch.float32,
+                        prepare=lambda network: None):
         """Read `config.json` and the weights (beside it, or the file `weights`), strictly.
 
-        Raises: ValueError if a file is missing or does not fit.
+        `prepare(network)` may still change dtypes and layouts: what is read is converted to them,
+        once. Raises: ValueError if a file is missing or does not fit.
         """
         folder = Path(folder)
         path = folder / "config.json"
         config = VAEConfig.from_dict(read_json(path), path)
         model = build_on_meta(lambda: cls(config).to(dtype), path)
+        prepare(model)
         load_weights(model, Path(weights) if weights else folder / WEIGHTS_NAME)
         return model.eval()
 

@@ -189,3 +189,11 @@ def test_the_scripts_start_without_the_encoders_library():
     code = "import sys, train, sample; sys.exit(bool({'timm', 'torchvision'} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_base_is_loaded_without_torchs_compiler():
+    """torch imports it, 1 s and 150 MB, for some random starts on the meta device."""
+    code = ("import sys, pixcell_min; pixcell_min.load_pixcell_base().vae; "
+            "sys.exit(bool({'torch._dynamo', 'sympy'} & sys.modules.keys()))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

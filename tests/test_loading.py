@@ -70,6 +70,27 @@ def test_every_tensor_arrives_in_the_networks_dtype(file, dtype, group_bytes, mo
         assert torch.equal(state[name], tensor.to(dtype)), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_tensor_arrives_in_the_networks_layout(tmp_path, dtype):
+    torch.manual_seed(0)
+    expected = nn.Conv2d(3, 4, 3).state_dict()
+    save_tensors(tmp_path / "w.safetensors", expected)
+    with torch.device("meta"):
+        module = nn.Conv2d(3, 4, 3).to(dtype, memory_format=torch.channels_last)
+    load_weights(module, tmp_path / "w.safetensors")
+    assert module.weight.stride() == (27, 1, 9, 3)
+    for name, tensor in module.state_dict().items():
+        assert tensor.dtype == dtype and torch.equal(tensor, expected[name].to(dtype))
+
+
+def test_a_wrong_shape_is_said_before_any_change_of_layout(tmp_path):
+    save_tensors(tmp_path / "w.safetensors", {"weight": torch.ones(4, 27), "bias": torch.ones(4)})
+    with torch.device("meta"):
+        module = nn.Conv2d(3, 4, 3).to(torch.bfloat16, memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match=r"weight.*\(4, 27\)"):
+        load_weights(module, tmp_path / "w.safetensors")
+
+
 def test_dtypes_may_differ_within_a_network(file):
     path, expected = file
     module = small(torch.float32)

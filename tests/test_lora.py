@@ -474,7 +474,10 @@ def test_fold_leaves_a_plain_network_of_merged_weights_and_no_copy():
     net, x = make()
     twin = copy.deepcopy(net)
     merge_lora(twin)
+    places = {name: layer.base.weight.data_ptr() for name, layer in lora_layers(net).items()}
     fold_lora(net)
+    for name, place in places.items():  # no second one: the page of a mapped file is replaced
+        assert net.get_submodule(name).weight.data_ptr() == place
     assert not lora_layers(net) and type(net) is type(twin)
     with torch.no_grad():
         assert torch.equal(net(*x), twin(*x))

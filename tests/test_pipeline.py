@@ -15,6 +15,7 @@ from pixcell_min.data import image_to_tensor
 from pixcell_min.lora import (disable_lora, inject_lora, lora_disabled, lora_layers, lora_parameters,
                               save_lora)
 from pixcell_min.pipeline import GUIDANCE_SCALE, PixCellPipeline, denoise
+from pixcell_min.precision import autocast
 from pixcell_min.schedulers import DDPM, SCHEDULER_NAMES, NoiseSchedule, build_scheduler
 
 ROUNDING = 1e-5  # float32, values of order 10: one product and two sums
@@ -287,6 +288,22 @@ def test_decoding_in_bfloat16_moves_pixels_by_two_levels_at_most():
     assert 0 < distance.mean() < 0.5 and distance.max() <= 2
 
 
+@pytest.mark.parametrize("mixed_precision", ["fp16", "bf16"])
+def test_the_decoder_is_held_in_the_dtype_it_computes_in(mixed_precision):
+    """With the bits that autocast gives to float32 weights; the encoder stays float32."""
+    cast, plain = load_pixcell_base(NANO, "cpu", mixed_precision).vae, load_vae(NANO, "cpu")
+    held = {"fp16": torch.float32, "bf16": torch.bfloat16}[mixed_precision]
+    assert cast.decoder.conv_in.weight.dtype == held
+    assert cast.decoder.mid_block.attentions[0].to_q.weight.dtype == held
+    assert cast.decoder.conv_norm_out.weight.dtype == torch.float32
+    assert {p.dtype for p in cast.encoder.parameters()} == {torch.float32}
+    for vae in (cast, plain):
+        assert vae.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    latents = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), autocast(torch.device("cpu"), held if held != torch.float32 else None):
+        assert torch.equal(cast.decode(latents), plain.decode(latents))
+
+
 def test_large_latents_are_decoded_in_tiles(pipeline, monkeypatch):
     calls = []
     black = torch.full((1, 3, 8, 8), -1.0)
@@ -374,7 +391,10 @@ def test_lora_fused_for_good_is_the_fused_network_without_lora(pipeline, tiny_ba
     for each in (pipeline, kept):
         each.load_lora_weights(lora_file)
     kept.fuse_lora()
+    weights = tiny_base / "transformer" / "diffusion_pytorch_model.safetensors"
+    before = weights.read_bytes()
     pipeline.fuse_lora(for_good=True)
+    assert weights.read_bytes() == before  # though the weights that changed were mapped from it
     assert not pipeline.has_lora
     assert torch.equal(latents_of(pipeline), latents_of(kept))
 
