@@ -18,6 +18,7 @@ import torch
 from pixcell_min.checkpoint import read_json, read_tensors
 from pixcell_min.lora import (PEFT_PREFIX, SETTINGS, check_settings, check_state, install_lora,
                               plain_linears)
+from pixcell_min.peft_config import peft_layers
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -25,15 +26,6 @@ DIFFUSERS_NAME, DIFFUSERS_PREFIX = "pytorch_lora_weights.safetensors", "transfor
 DIFFUSERS_CONFIG = "lora_adapter_metadata"  # header key of JSON, its fields prefixed as the tensors
 KOHYA_PREFIX = "lora_unet_"
 KOHYA_PARTS = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"}
-REQUIRED = ("r", "lora_alpha", "target_modules")
-READ = (*REQUIRED, "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern")
-# Fields of peft's LoraConfig that do not change what given A and B compute. Any other must be off.
-HARMLESS = ("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path",
-            "revision", "inference_mode", "exclude_modules", "layers_to_transform",
-            "layers_pattern", "megatron_core", "qalora_group_size", "eva_config")
-# Other starts of peft's (pissa, olora, loftq, corda, …) change the base's weights as well.
-STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
-OFF = (None, False, "none", {}, [])
 
 
 @dataclass(frozen=True)
@@ -85,7 +77,7 @@ def read_lora(path, model=None, alpha=None) -> LoRAFile:
         if settings.get("peft_type") != "LORA":
             raise ValueError(f"{config[0]}: peft_type is {settings.get('peft_type')!r}, "
                              "expected 'LORA'")
-        form, layers = "peft", _peft_layers(state, settings, config[0])
+        form, layers = "peft", peft_layers(_names(state), settings, config[0])
     elif "lora_config" in header:
         form, state = "native", _strip(tensors, PEFT_PREFIX, path)
         layers = _native_layers(header.pop("lora_config"), path)
@@ -216,36 +208,6 @@ def _native_layers(text, path):
         raise ValueError(f"{path}: no readable lora_config in its header: unknown alpha") from None
 
 
-def _peft_layers(state, config, source):
-    """What peft's LoraConfig makes of each layer of the state."""
-    if missing := [key for key in REQUIRED if config.get(key) is None]:
-        raise ValueError(f"{source}: {missing[0]!r} is missing; peft would fail or silently take 8")
-    for key, value in config.items():
-        if key == "init_lora_weights":
-            if value not in STARTS:
-                raise ValueError(f"{source}: init_lora_weights {value!r} also changes the base's "
-                                 "weights, which this file does not hold; convert it with peft")
-        elif key not in READ + HARMLESS and value not in OFF:
-            raise ValueError(f"{source}: {key} = {value!r} is not supported, it may change the "
-                             "network; only plain LoRA is read")
-
-    try:
-        ranks, alphas = ([(re.compile(rf"(.*\.)?({end})"), value)
-                          for end, value in (config.get(key) or {}).items()]
-                         for key in ("rank_pattern", "alpha_pattern"))
-    except (re.error, AttributeError):
-        raise ValueError(f"{source}: rank_pattern or alpha_pattern is no {{expression: number}}"
-                         ) from None
-
-    def of(patterns, name, default):  # the first that matches, as peft has it
-        return next((value for end, value in patterns if end.fullmatch(name)), default)
-
-    return {name: {"rank": of(ranks, name, config["r"]),
-                   "alpha": of(alphas, name, config["lora_alpha"]),
-                   "dropout": config.get("lora_dropout", 0.0),
-                   "use_rslora": bool(config.get("use_rslora"))} for name in _names(state)}
-
-
 def _diffusers_layers(state, text, alpha, path):
     if text is None and alpha is None:
         raise ValueError(f"{path}: names no alpha (no {DIFFUSERS_CONFIG} in its header): diffusers "
@@ -257,7 +219,7 @@ def _diffusers_layers(state, text, alpha, path):
         config = dict(json.loads(text))
     except (ValueError, TypeError, RecursionError):
         raise ValueError(f"{path}: {DIFFUSERS_CONFIG} in its header is no JSON object") from None
-    return _peft_layers(state, _strip(config, DIFFUSERS_PREFIX, path), path)
+    return peft_layers(_names(state), _strip(config, DIFFUSERS_PREFIX, path), path)
 
 
 def _read_kohya(tensors, model, alpha, path):
