@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import train  # noqa: E402
-from first_run import machine  # noqa: E402
+from first_run import commit, machine  # noqa: E402
 from pixcell_min.base import (encoder_folder, load_encoder, load_pixcell_base, load_vae,  # noqa: E402
                               vae_weights)
 from pixcell_min.batches import Batch  # noqa: E402
@@ -241,8 +241,8 @@ def main(argv=None) -> int:
         return 0
     file_bytes = write_weights(weights, options.tiny)
     # Unfinished results of other settings are none of these.
-    settings = {"machine": machine(), "tiny": options.tiny, "repeats": options.repeats,
-                "file_bytes": file_bytes}
+    settings = {"machine": machine(), "commit": commit(), "tiny": options.tiny,
+                "repeats": options.repeats, "file_bytes": file_bytes}
     stored = read_json(finished) if finished.exists() else {}
     results = stored.get("measures", {}) if stored.get("settings") == settings else {}
     for name in tqdm([name for name in options.only if name not in results], unit="measure"):

@@ -3,7 +3,7 @@
     folded: B ← s·B, alpha = R        so that a reader that ignores alpha is right as well
 
 Whatever was read by `formats.py` can be written; where it came from is kept in the safetensors
-header and in a JSON file of our own, never in PEFT's configuration. Every file and folder appears
+header and in a JSON file of our own, never in PEFT's configuration. What one call writes appears
 whole or not at all. Must be read alike by peft 0.21 and diffusers 0.42.
 """
 
@@ -54,8 +54,9 @@ def write_lora(lora: LoRAFile, path, form: str, overwrite=False) -> list[tuple]:
             write_text(folder / PEFT_CONFIG, json.dumps(peft_config(lora), indent=1) + "\n"),
             write_text(folder / PROVENANCE, provenance + "\n")))
     else:
-        save_tensors(path, tensors, header)
-        write_text(path.with_suffix(".json"), provenance + "\n")
+        write_together(targets, lambda folder: (
+            save_tensors(folder / path.name, tensors, header),
+            write_text((folder / path.name).with_suffix(".json"), provenance + "\n")))
     return [(key, tuple(tensor.shape), scales[key]) for key, tensor in tensors.items()]
 
 
@@ -128,20 +129,38 @@ def _encode(lora, form):
 def write_folder(path: Path, write) -> None:
     """Call `write(new folder)` beside `path`, then rename it; a folder there is replaced.
 
-    Raises: ValueError, with what was there in its place, if it cannot be written.
+    Raises: as write_together.
     """
+    write_together([path], lambda folder: write(folder / path.name))
+
+
+def write_together(paths: list[Path], write) -> None:
+    """Call `write(folder)`, which makes what `paths` name there; then move all into place, or none.
+
+    paths: of files or folders, all of one folder. Raises: ValueError, with what was there in its
+    place, if they cannot be written.
+    """
+    parent, moved, done = paths[0].parent, [], False
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+        parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=parent, prefix=f".{paths[0].name}.", suffix=".tmp"))
+        new, old = temporary / "new", temporary / "old"
         try:
-            write(new := temporary / "new")
-            if path.exists():  # no one call replaces a folder that holds files
-                os.replace(path, temporary / "old")
-            os.replace(new, path)
-        finally:
-            if (temporary / "old").exists() and not path.exists():
-                os.replace(temporary / "old", path)
+            new.mkdir(), old.mkdir()
+            write(new)
+            for path in paths:
+                moved.append(path)
+                if path.exists():  # no one call replaces a folder that holds files
+                    os.replace(path, old / path.name)
+                os.replace(new / path.name, path)
+            done = True
+        finally:  # interrupted, too
+            for path in () if done else moved:
+                if path.exists() and not (new / path.name).exists():
+                    os.replace(path, new / path.name)
+                if (old / path.name).exists():
+                    os.replace(old / path.name, path)
             shutil.rmtree(temporary)
     except OSError as error:
-        raise ValueError(f"{path}: cannot be written ({error}); free space or choose another "
+        raise ValueError(f"{paths[0]}: cannot be written ({error}); free space or choose another "
                          "place") from None

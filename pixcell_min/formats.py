@@ -18,7 +18,7 @@ import torch
 from pixcell_min.checkpoint import read_json, read_tensors
 from pixcell_min.lora import (PEFT_PREFIX, SETTINGS, check_settings, check_state, install_lora,
                               plain_linears)
-from pixcell_min.peft_config import peft_layers
+from pixcell_min.peft_config import check_selected, peft_layers
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -62,15 +62,16 @@ def lora_files(path) -> list[Path]:
 def read_lora(path, model=None, alpha=None) -> LoRAFile:
     """Read any of the formats, on the CPU, in the file's own dtype.
 
-    model: the plain base; names kohya's layers and is compared with the base tensors of the
-    authors' files. alpha: for files that name none, diffusers' without metadata, kohya's and the
-    authors' (default of these two: the rank). Raises: ValueError: missing, broken, ambiguous,
-    unpaired, not finite, of another base, or changing the network in a way not read here.
+    model: the plain base, needed to name kohya's layers and to compare the base tensors of the
+    authors' files with. alpha: for files that name none, diffusers' without metadata or tensors of
+    it, kohya's and the authors' (default of these two: the rank). Raises: ValueError: missing,
+    broken, ambiguous, unpaired, not finite, of another base, or changing the network in a way not
+    read here.
     """
     path, *config = lora_files(path)
     tensors, header = read_tensors(path)
     if alpha is not None and (config or header.keys() & {"lora_config", DIFFUSERS_CONFIG} or any(
-            key.startswith(KOHYA_PREFIX) and key.endswith(".alpha") for key in tensors)):
+            key.endswith(".alpha") for key in tensors)):
         raise ValueError(f"{path}: names its own alpha; leave out --alpha")
     if config:
         state, settings = _strip(tensors, PEFT_PREFIX, path), read_json(config[0])
@@ -78,6 +79,7 @@ def read_lora(path, model=None, alpha=None) -> LoRAFile:
             raise ValueError(f"{config[0]}: peft_type is {settings.get('peft_type')!r}, "
                              "expected 'LORA'")
         form, layers = "peft", peft_layers(_names(state), settings, config[0])
+        check_selected(layers, settings, config[0])
     elif "lora_config" in header:
         form, state = "native", _strip(tensors, PEFT_PREFIX, path)
         layers = _native_layers(header.pop("lora_config"), path)
@@ -209,17 +211,33 @@ def _native_layers(text, path):
 
 
 def _diffusers_layers(state, text, alpha, path):
-    if text is None and alpha is None:
-        raise ValueError(f"{path}: names no alpha (no {DIFFUSERS_CONFIG} in its header): diffusers "
-                         "takes alpha = rank, whatever it was; name it by "
-                         "pixcell_min.tools.convert --alpha")
-    if text is None:
-        return _equal_layers(state, alpha)
+    if text is None:  # others write a tensor per layer, which diffusers does not read
+        alphas = {key.removesuffix(".alpha"): _number(state.pop(key), key, path)
+                  for key in [*state] if key.endswith(".alpha")}
+        layers = _equal_layers(state, alpha)
+        if unsaid := [name for name in layers if alpha is None and name not in alphas]:
+            raise ValueError(f"{path}: names no alpha for {unsaid[0]!r} (no {DIFFUSERS_CONFIG} in "
+                             "its header): diffusers takes alpha = rank, whatever it was; name it "
+                             "by pixcell_min.tools.convert --alpha")
+        _check_alphas(alphas, layers, path)
+        return {name: its | {"alpha": alphas.get(name, its["alpha"])}
+                for name, its in layers.items()}
     try:
         config = dict(json.loads(text))
     except (ValueError, TypeError, RecursionError):
         raise ValueError(f"{path}: {DIFFUSERS_CONFIG} in its header is no JSON object") from None
     return peft_layers(_names(state), _strip(config, DIFFUSERS_PREFIX, path), path)
+
+
+def _number(tensor, key, path):
+    if tensor.numel() != 1:
+        raise ValueError(f"{path}: {key} is {tuple(tensor.shape)}, expected one number")
+    return tensor.item()
+
+
+def _check_alphas(alphas, layers, path):
+    if unpaired := sorted(alphas.keys() - layers.keys()):
+        raise ValueError(f"{path}: alpha of {unpaired[0]!r}, which has no other tensor")
 
 
 def _read_kohya(tensors, model, alpha, path):
@@ -235,21 +253,21 @@ def _read_kohya(tensors, model, alpha, path):
             raise ValueError(f"{path}: LoRA key {key!r} names no linear layer of the base, or is "
                              f"none of {', '.join(KOHYA_PARTS)}, alpha")
         if part == "alpha":
-            if tensor.numel() != 1:
-                raise ValueError(f"{path}: {key} is {tuple(tensor.shape)}, expected one number")
-            alphas[full[short]] = tensor.item()
+            alphas[full[short]] = _number(tensor, key, path)
         else:
             state[f"{full[short]}.{KOHYA_PARTS[part]}"] = tensor
     layers = _equal_layers(state, alpha)
-    if unpaired := sorted(alphas.keys() - layers.keys()):
-        raise ValueError(f"{path}: alpha of {unpaired[0]!r}, which has no other tensor")
+    _check_alphas(alphas, layers, path)
     for name, its in layers.items():
         its["alpha"] = alphas.get(name) or its["alpha"]  # missing or 0 means the rank
     return state, layers
 
 
 def _read_authors(tensors, model, path):
-    """The LoRA pairs of a whole state dict; the rest is compared with the base, where given."""
+    """The LoRA pairs of a whole state dict; the rest is compared with the base."""
+    if model is None:
+        raise ValueError(f"{path}: names no base, but holds its tensors; they are compared with "
+                         "the base it was made for: give --base")
     tensors = {key.removeprefix(PEFT_PREFIX): tensor for key, tensor in tensors.items()}
     state = {key.replace(".default.", "."): tensor for key, tensor in tensors.items()
              if re.search(r"\.lora_[AB]\.default\.weight$", key)}
@@ -258,15 +276,14 @@ def _read_authors(tensors, model, path):
     if not state or len(state) + len(rest) != len(tensors):
         raise ValueError(f"{path}: a state dict with .base_layer. but no LoRA pairs, or with "
                          "others than .lora_A.default.weight and .lora_B.default.weight")
-    if model is not None:
-        base = model.state_dict()
-        if wrong := sorted(base.keys() ^ rest.keys()):
-            raise ValueError(f"{path}: {len(wrong)} tensors are not both in it and in the loaded "
-                             f"base, the first is {wrong[0]!r}; it was trained on another base")
-        for key, tensor in rest.items():
-            its = base[key].cpu()  # compared in the coarser dtype: a base may be held in half
-            dtype = min(its.dtype, tensor.dtype, key=lambda dtype: dtype.itemsize)
-            if not torch.equal(its.to(dtype), tensor.to(dtype)):
-                raise ValueError(f"{path}: {key} differs from the loaded base's; load the base it "
-                                 "was trained on")
+    base = model.state_dict()
+    if wrong := sorted(base.keys() ^ rest.keys()):
+        raise ValueError(f"{path}: {len(wrong)} tensors are not both in it and in the loaded "
+                         f"base, the first is {wrong[0]!r}; it was trained on another base")
+    for key, tensor in rest.items():
+        its = base[key].cpu()  # compared in the coarser dtype: a base may be held in half
+        dtype = min(its.dtype, tensor.dtype, key=lambda dtype: dtype.itemsize)
+        if not torch.equal(its.to(dtype), tensor.to(dtype)):
+            raise ValueError(f"{path}: {key} differs from the loaded base's; load the base it "
+                             "was trained on")
     return state

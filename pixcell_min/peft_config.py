@@ -1,4 +1,4 @@
-"""What peft's `adapter_config.json` says of a LoRA's layers; diffusers' metadata has its fields, too.
+"""What peft's `adapter_config.json` says of layers; diffusers' metadata has the same fields.
 
 Source: LoraConfig of peft 0.21. `exports.py` writes such a configuration.
 """
@@ -7,10 +7,11 @@ import re
 
 REQUIRED = ("r", "lora_alpha", "target_modules")
 READ = (*REQUIRED, "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern")
+SELECTING = ("exclude_modules", "layers_to_transform", "layers_pattern")  # target_modules, too
 # Fields of peft's LoraConfig that do not change what given A and B compute. Any other must be off.
 HARMLESS = ("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path",
-            "revision", "inference_mode", "exclude_modules", "layers_to_transform",
-            "layers_pattern", "megatron_core", "qalora_group_size", "eva_config")
+            "revision", "inference_mode", *SELECTING, "megatron_core", "qalora_group_size",
+            "eva_config")
 # Other starts of peft's (pissa, olora, loftq, corda, …) change the base's weights as well.
 STARTS = (True, False, None, "gaussian", "orthogonal", "eva")
 OFF = (None, False, "none", {}, [])
@@ -47,3 +48,38 @@ def peft_layers(names, config, source) -> dict[str, dict]:
                    "alpha": of(alphas, name, config["lora_alpha"]),
                    "dropout": config.get("lora_dropout", 0.0),
                    "use_rslora": bool(config.get("use_rslora"))} for name in names}
+
+
+def check_selected(names, config, source) -> None:
+    """Refuse a layer of `names` that the configuration leaves out: peft passes over its tensors.
+
+    Raises: ValueError naming the layer, or fields that peft does not know so.
+    """
+    targets, blocks = config["target_modules"], config.get("layers_to_transform")
+    numbers = [blocks] if isinstance(blocks, int) else blocks
+    before = config.get("layers_pattern") or [r".*?\.[^.]*"]  # what stands before a block's number
+    before = [before] if isinstance(before, str) else before
+
+    def matches(ends, name):  # a string is an expression, a list holds names or their ends
+        if isinstance(ends, str):
+            return re.fullmatch(ends, name) is not None
+        return any(name == end or name.endswith(f".{end}") for end in ends or ())
+
+    def selected(name):
+        if matches(config.get("exclude_modules"), name) or not (
+                targets == "all-linear" or matches(targets, name)):
+            return False
+        if isinstance(targets, str) or name in targets or not numbers:
+            return True
+        found = [re.match(rf"(?:.*?\.)?{end}\.(\d+)\.", name) for end in before]
+        return any(match and int(match[1]) in numbers for match in found)
+
+    try:
+        wrong = next((name for name in names if not selected(name)), None)
+    except (re.error, TypeError):
+        raise ValueError(f"{source}: target_modules, exclude_modules, layers_to_transform or "
+                         "layers_pattern is none of peft's") from None
+    if wrong:
+        raise ValueError(f"{source}: leaves out {wrong!r}, whose tensors are there: peft would "
+                         "pass them over; mend target_modules, exclude_modules or "
+                         "layers_to_transform")

@@ -82,13 +82,16 @@ def transfers(hub):
 
 # The good path
 
-def test_three_downloads_make_a_base_that_loads(hub, released, tmp_path, capsys):
+@pytest.mark.parametrize("base", ["pixcell-256", "pixcell-1024"])
+def test_three_downloads_make_a_base_that_loads(base, hub, released, tmp_path, capsys):
     weights = tmp_path / "weights"
-    fetch("pixcell-256", "sd3-vae", "uni2-h", to=weights)
+    fetch(base, "sd3-vae", "uni2-h", to=weights)
     found = {path.relative_to(weights).as_posix() for path in weights.rglob("*") if path.is_file()}
-    assert found == {f"{name}/{file}" for name in ("pixcell-256", "sd3-vae", "uni2-h")
+    assert found == {f"{name}/{file}" for name in (base, "sd3-vae", "uni2-h")
                      for file in (*RELEASES[name].files, download.RECORD)}
-    pipeline, source = load_pixcell_base(weights / "pixcell-256"), load_pixcell_base(released)
+    assert {name.split("/resolve")[0].split("@")[0] for _, name, _ in hub.asked
+            if "PixCell" in name and RELEASES[base].repository not in name} == set()
+    pipeline, source = load_pixcell_base(weights / base), load_pixcell_base(released)
     for ours, theirs in ((pipeline.transformer, source.transformer), (pipeline.vae, source.vae),
                          (pipeline.encoder, source.encoder)):
         assert all(torch.equal(tensor, theirs.state_dict()[key])
@@ -96,7 +99,7 @@ def test_three_downloads_make_a_base_that_loads(hub, released, tmp_path, capsys)
     image = pipeline(torch.zeros(1, 1, 16), num_inference_steps=2).images[0]
     assert image.size == (64, 64)
     printed = capsys.readouterr().out
-    assert all(RELEASES[name].licence in printed for name in ("pixcell-256", "sd3-vae", "uni2-h"))
+    assert all(RELEASES[name].licence in printed for name in (base, "sd3-vae", "uni2-h"))
 
 
 def test_all_files_are_of_the_revision_of_the_first(hub, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -371,14 +372,26 @@ def test_convert_replaces_only_with_the_flag_and_leaves_nothing_half_written(for
     def full(source, destination):
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patch:  # the last move fails
-        replace = os.replace
-        patch.setattr(os, "replace", lambda a, b: full(a, b) if str(b) == str(out) and "/old" not in str(a)
-                      else replace(a, b))
-        assert convert_main([*arguments, "--overwrite"]) == 2
-    error = capsys.readouterr().err
-    assert "No space" in error and error.count("\n") == 1
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    def stopped(source, destination):
+        raise KeyboardInterrupt
+
+    other = out if form == "peft" else out.with_suffix(".json")
+    for failing in {out, other}:  # whichever move into place does not end
+        for end, code, words in ((full, 2, "No space"), (stopped, 130, "was not written")):
+            with monkeypatch.context() as patch:
+                replace = os.replace
+                patch.setattr(os, "replace", lambda a, b: end(a, b) if Path(b) == failing and "/old" not in str(a)
+                              else replace(a, b))
+                assert convert_main([*arguments, "--overwrite"]) == code
+            error = capsys.readouterr().err
+            assert words in error and error.count("\n") == 1
+            assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+            with monkeypatch.context() as patch:  # where nothing was before
+                new = tmp_path / "new" / out.name
+                patch.setattr(os, "replace", lambda a, b: end(a, b) if Path(b) == new.with_suffix(failing.suffix)
+                              else replace(a, b))
+                assert convert_main([str(own), str(new), "--format", form]) == code
+            assert words in capsys.readouterr().err and not [*new.parent.iterdir()]
     assert convert_main([*arguments, "--overwrite"]) == 0
     assert {path for path in tmp_path.rglob("*") if path.is_file()} == before.keys()
 
@@ -446,6 +459,8 @@ def test_overwrite_loses_nothing_that_was_not_written_here(form, other, own, tmp
 
 def test_the_authors_file_once_compared_names_its_base(base, tiny_base, tmp_path, capsys):
     path = authors_file(of_attn2(tiny_base), tmp_path / "staining.pth")
+    assert convert_main([str(path), str(tmp_path / "n.safetensors"), "--format", "native"]) == 2
+    assert "give --base" in capsys.readouterr().err and not (tmp_path / "n.safetensors").exists()
     assert load_lora(base, path, expected_base_hash="h")["base_hash"] == "h"
     target = tmp_path / "n.safetensors"
     assert convert_main([str(path), str(target), "--format", "native", "--base", str(tiny_base)]) == 0

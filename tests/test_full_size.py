@@ -75,6 +75,8 @@ def test_the_readme_has_a_committed_table():
 def test_committed_figures_keep_the_promise_of_loading(path):
     result = json.loads(path.read_text())
     assert not result["tiny"]
+    assert result["measures"].keys() >= full_size.MEASURES.keys() - {
+        "train 1024, batch 1, checkpointing, bf16"}  # more than a CPU ends in minutes
     assert list(result["measures"]) == [n for n in full_size.MEASURES if n in result["measures"]]
     assert not [name for name, its in result["measures"].items() if "failed" in its]
     files = {"transformer": "pixcell-256/transformer/diffusion_pytorch_model.safetensors",

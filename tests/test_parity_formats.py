@@ -12,9 +12,9 @@ from diffusers.loaders import PeftAdapterMixin, SD3LoraLoaderMixin
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from pixcell_min.checkpoint import read_json
+from pixcell_min.checkpoint import read_json, read_tensors
 from pixcell_min.exports import write_lora
-from pixcell_min.formats import DIFFUSERS_CONFIG, load_lora, read_lora
+from pixcell_min.formats import DIFFUSERS_CONFIG, load_lora, read_lora, stack
 from pixcell_min.lora import inject_lora, lora_layers, save_lora
 from references import call, error, pixart
 from test_parity_lora import OPTIONS, SAME_MATHS, generator
@@ -86,6 +86,17 @@ def test_diffusers_reads_our_file_with_and_without_metadata(options, metadata, t
         assert error(call(in_ours(path)), call(net)) <= SAME_MATHS
 
 
+def test_both_read_a_sum_whose_rank_passes_the_layers_size(tmp_path):
+    net = ours(rank=16, alpha=16.0)
+    lora = file_of(net, tmp_path)
+    whole = stack([(lora, 0.25), (lora, 0.75)])
+    assert {its["rank"] for its in whole.layers.values()} == {32}  # min(in, out) is 16
+    write_lora(whole, tmp_path / "peft", "peft")
+    write_lora(whole, tmp_path / "d.safetensors", "diffusers")
+    for theirs in (in_peft(tmp_path / "peft"), in_diffusers(tmp_path / "d.safetensors")):
+        assert error(call(theirs), call(net)) <= SAME_MATHS
+
+
 # theirs → ours
 
 
@@ -120,12 +131,13 @@ def test_we_read_what_peft_writes(config, dtype, tmp_path):
 
 
 @pytest.mark.parametrize("config", THEIRS)
-def test_we_read_what_diffusers_writes(config, tmp_path):
-    theirs = peft_twin(**config)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_we_read_what_diffusers_writes(config, dtype, tmp_path):
+    theirs = peft_twin(dtype, **config)
     fields = theirs.peft_config["default"].to_dict()
     fields["target_modules"] = (sorted(fields["target_modules"]) if isinstance(fields["target_modules"], set)
                                 else fields["target_modules"])
-    state = {key.removeprefix("base_model.model."): tensor
+    state = {key.removeprefix("base_model.model."): tensor.to(dtype)
              for key, tensor in get_peft_model_state_dict(theirs).items()}
     SD3LoraLoaderMixin.save_lora_weights(
         tmp_path, transformer_lora_layers=state, transformer_lora_adapter_metadata=fields)
@@ -171,9 +183,40 @@ def spoilt_peft(folder, change_config=lambda c: None, rename=lambda key: key):
     (lambda c: c.update(r="4"), "expected ('4', 16)"),
     (lambda c: c.update(rank_pattern={"(": 2}), "rank_pattern"),
     (lambda c: c.update(alpha_pattern=[1]), "alpha_pattern"),
+    (lambda c: c.update(target_modules="("), "is none of peft's"),
+    (lambda c: c.update(layers_to_transform="ab", layers_pattern="transformer_blocks"), "is none of peft's"),
 ])
 def test_a_wrong_configuration_is_named(change, words, tmp_path):
     refused(spoilt_peft(tmp_path, change), words)
+
+
+@pytest.mark.parametrize("fields, left_out", [
+    ({"target_modules": ["to_q"]}, "transformer_blocks.0.attn1.to_out.0"),
+    ({"target_modules": r".*attn1\.to_(q|v|out\.0)"}, "transformer_blocks.0.attn2.to_out.0"),
+    ({"target_modules": ["o_q", "to_v", "to_out.0"]}, "transformer_blocks.0.attn1.to_q"),  # whole parts
+    ({"exclude_modules": ["attn2.to_v"]}, "transformer_blocks.0.attn2.to_v"),
+    ({"exclude_modules": r".*\.1\.attn1.*"}, "transformer_blocks.1.attn1.to_out.0"),
+    ({"layers_to_transform": [0], "layers_pattern": "transformer_blocks"}, "transformer_blocks.1.attn1.to_out.0"),
+    ({"layers_to_transform": 1, "layers_pattern": ["x", "transformer_blocks"]}, "transformer_blocks.0.attn1.to_out.0"),
+])
+def test_tensors_that_peft_passes_over_are_named(fields, left_out, tmp_path):
+    folder = spoilt_peft(tmp_path, lambda config: config.update(fields))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = {name for name, module in in_peft(folder).base_model.model.named_modules()
+                   if hasattr(module, "lora_A")}
+    held = {key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            for key in load_file(folder / "adapter_model.safetensors") if "lora_A" in key}
+    assert left_out in held - adapted  # in silence
+    refused(folder, f"leaves out {left_out!r}")
+
+
+@pytest.mark.parametrize("fields", [
+    {"layers_to_transform": [0, 1], "layers_pattern": "transformer_blocks"}, {"exclude_modules": ["attn2.to_k"]},
+    {"exclude_modules": "x"}, {"layers_to_transform": []}, {"target_modules": "all-linear"}])
+def test_a_selection_that_leaves_no_tensor_out_is_taken(fields, tmp_path):
+    plain, folder = spoilt_peft(tmp_path / "plain"), spoilt_peft(tmp_path / "x", lambda c: c.update(fields))
+    assert error(call(in_ours(folder)), call(in_ours(plain))) == 0
 
 
 def test_a_start_that_left_the_base_alone_is_taken(tmp_path):
@@ -182,6 +225,25 @@ def test_a_start_that_left_the_base_alone_is_taken(tmp_path):
     plain, started = tmp_path / "plain", tmp_path / "eva"
     assert error(call(in_ours(spoilt_peft(started, eva))),
                  call(in_ours(spoilt_peft(plain, lambda config: None)))) == 0
+
+
+@pytest.mark.parametrize("form", ["peft", "diffusers"])
+@pytest.mark.parametrize("spoil, words", [
+    (lambda t, a: t.update({a: t[a] * float("nan")}), "holds NaN"),
+    (lambda t, a: t.pop(a), "missing LoRA key 'transformer_blocks.0.attn1.to_q.lora_A.weight'"),
+    (lambda t, a: t.update({a: t[a][:, :3].contiguous()}), "lora_A.weight is (4, 3), expected (4, 16)"),
+    (lambda t, a: t.update({a.replace("to_q", "to_query"): t[a].clone()}), "to_query"),
+])
+def test_wrong_tensors_are_named(form, spoil, words, tmp_path):
+    path = tmp_path / "adapter_model.safetensors"
+    if form == "peft":
+        spoilt_peft(tmp_path)
+    else:
+        path = write_diffusers(tmp_path, GOOD)[1]
+    tensors, header = read_tensors(path)
+    spoil(tensors, next(key for key in tensors if "0.attn1.to_q.lora_A" in key))
+    save_file(tensors, path, metadata=header)
+    refused(path, words)
 
 
 @pytest.mark.parametrize("prefix", ["", "transformer.", "base_model."])
@@ -220,17 +282,29 @@ def test_diffusers_metadata_with_the_prefix_is_right_everywhere(tmp_path):
     assert diffusers_scale(path) == {2.0} and torch.equal(call(in_ours(path)), call(net))
 
 
-@pytest.mark.parametrize("alpha_tensors, words", [(False, "names no alpha"), (True, "names no alpha")])
-def test_a_diffusers_file_without_alpha_is_not_guessed(alpha_tensors, words, tmp_path):
-    net, path = write_diffusers(tmp_path, None, alpha_tensors)
+def test_a_diffusers_file_without_alpha_is_not_guessed(tmp_path):
+    net, path = write_diffusers(tmp_path, None)
     assert diffusers_scale(path) == {1.0}  # wrong, and not a word
-    refused(path, words)
-    if alpha_tensors:
-        with pytest.raises(ValueError, match="unexpected LoRA key 'transformer_blocks.*alpha'"):
-            read_lora(path, alpha=8.0)
-    else:
-        named = read_lora(path, alpha=8.0)
-        assert {named.scaling(layer) for layer in named.layers} == {2.0}
+    refused(path, "names no alpha for 'transformer_blocks.0.attn1.to_")
+    named = read_lora(path, alpha=8.0)
+    assert {named.scaling(layer) for layer in named.layers} == {2.0}
+
+
+def test_alpha_tensors_of_a_diffusers_file_are_read(tmp_path):
+    net, path = write_diffusers(tmp_path, None, alpha_tensors=True)
+    assert diffusers_scale(path) == {1.0}  # wrong, and not a word
+    assert torch.equal(call(in_ours(path)), call(net))
+    with pytest.raises(ValueError, match="names its own alpha"):
+        read_lora(path, alpha=8.0)
+    tensors, key = load_file(path), "transformer.transformer_blocks.0.attn1.to_q"
+    for change, words in (({f"{key}.alpha": None}, "names no alpha for 'transformer_blocks.0.attn1.to_q'"),
+                          ({f"{key}.alpha": torch.ones(2)}, "to_q.alpha is (2,), expected one number"),
+                          ({f"{key}.alpha": torch.tensor(0.0)}, "alpha must be finite and above 0"),
+                          ({f"{key}.lora_A.weight": None, f"{key}.lora_B.weight": None}, "has no other tensor")):
+        save_file({k: t for k, t in (tensors | change).items() if t is not None}, path)
+        refused(path, words)
+    save_file(tensors, path, metadata={"format": "pt", DIFFUSERS_CONFIG: json.dumps(GOOD)})
+    refused(path, "unexpected LoRA key 'transformer_blocks.0.attn1.to_k.alpha'")  # said twice
 
 
 @pytest.mark.parametrize("metadata, words", [

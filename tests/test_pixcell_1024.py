@@ -17,7 +17,7 @@ from pixcell_min.schedulers import build_scheduler
 from pixcell_min.vae import AutoencoderKL
 
 LAYOUT = {"sample_size": 16, "caption_num_tokens": 16, "interpolation_scale": 2}
-SIDE, CROP = 128, 32  # px
+SIDE = 128  # px
 FUSED = 3  # grey levels of 255: W + s·B·A is rounded once, two products twice, over the steps
 
 
@@ -26,20 +26,28 @@ def base(tmp_path_factory):
     return write_base(tmp_path_factory.mktemp("bases") / "tiny-1024", **LAYOUT)
 
 
-@pytest.fixture
-def tiles(tmp_path):
-    """Folder of six 128-px tiles, each of sixteen crops of another grey, under noise."""
-    random, folder = np.random.default_rng(0), tmp_path / "tiles"
+def write_tiles(folder, side=SIDE):
+    """Six tiles, each of sixteen crops of another grey, under noise."""
+    random = np.random.default_rng(0)
     folder.mkdir()
     for i in range(6):
-        greys = random.integers(0, 200, (4, 4)).repeat(CROP, 0).repeat(CROP, 1)
-        pixels = greys[..., None] + random.integers(0, 56, (SIDE, SIDE, 3))
+        greys = random.integers(0, 200, (4, 4)).repeat(side // 4, 0).repeat(side // 4, 1)
+        pixels = greys[..., None] + random.integers(0, 56, (side, side, 3))
         Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
     return folder
 
 
 @pytest.fixture
+def tiles(tmp_path):
+    return write_tiles(tmp_path / "tiles")
+
+
+@pytest.fixture
 def arguments(base, tiles, tmp_path):
+    return arguments_of(base, tiles, tmp_path)
+
+
+def arguments_of(base, tiles, tmp_path):
     return ["--rank", "2", "--alpha", "4", "--base", str(base), "--data", str(tiles),
             "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "run"), "--batch-size", "2",
             "--max-train-steps", "2", "--gradient-accumulation-steps", "1", "--no-dihedral",
@@ -67,6 +75,22 @@ def test_tile_to_lora_to_image(arguments, base, tiles, tmp_path, capsys):
     active, merged, off = images
     assert active.shape == (SIDE, SIDE, 3) and np.abs(active - merged).max() <= FUSED
     assert (active != off).any()
+
+
+@pytest.mark.slow
+def test_tiles_of_1024_pixels(tmp_path, monkeypatch):
+    """The real size, a tiny network: sixteen crops of 256 px, checkpointing, decoding in parts."""
+    base = write_base(tmp_path / "base", **{**LAYOUT, "sample_size": 128})
+    tiles, parts = write_tiles(tmp_path / "tiles", 1024), []
+    whole = AutoencoderKL.decode
+    monkeypatch.setattr(AutoencoderKL, "decode", lambda vae, z: parts.append(z.shape) or whole(vae, z))
+    assert train.main([*arguments_of(base, tiles, tmp_path), "--sample-count", "1"]) == 0
+    assert all(np.isfinite(line["loss"]) for line in metrics(tmp_path / "run") if "loss" in line)
+    assert sample.main(["--image", str(tiles / "0.png"), "--run", str(tmp_path / "run"), "--steps", "2",
+                        "--device", "cpu", "--mixed-precision", "no", "--out", str(tmp_path / "out")]) == 0
+    drawn = np.asarray(Image.open(tmp_path / "out" / "0_seed0.png"))
+    assert drawn.shape == (1024, 1024, 3) and drawn.std() > 0
+    assert len(parts) > 3 and all(max(shape[2:]) <= 64 for shape in parts)  # three images, in parts
 
 
 def test_the_second_run_reads_the_cache_and_learns_the_same(arguments, tmp_path, monkeypatch):
