@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from pixcell_min.adapter import EmbeddingAdapter
 from pixcell_min.base import (feature_files, features_hash, load_pixcell_base, read_vae_config,
-                              vae_weights)
+                              settings_hash, vae_weights)
 from pixcell_min.batches import draw_micro_batches, generator_for, group_by_class
 from pixcell_min.checks import one_line
 from pixcell_min.config import Config, changes, parse_train, provenance, read_yaml, to_yaml
@@ -36,7 +36,7 @@ from pixcell_min.precomputed import cached_precomputed, find_precomputed
 from pixcell_min.runs import (GRID, RECORD, SETTINGS, check_new, check_resumable, describe_session,
                               kept, load_state, lock, log, require_state, resume_command,
                               resume_run, save_shared, save_state, start_run, state_files, unlock)
-from pixcell_min.signals import StopSignals
+from pixcell_min.signals import StopSignals, Terminated, sigterm_interrupts
 from pixcell_min.tools.synthetic import PROCEDURAL_TILES, second_laboratory
 from pixcell_min.training import (Progress, TrainingState, build_optimizer, build_scaler,
                                   check_attempt, count_attempt, count_validation,
@@ -55,8 +55,9 @@ def main(argv=None) -> int:
         if options.resume and options.config is None:  # its own settings, then this call's flags
             require_state(Path(config.out))
             config, options = parse_train([*argv, "--config", str(Path(config.out) / SETTINGS)])
-        with joined(config.device) as processes, open(os.devnull, "w") as silence, (
-                nullcontext() if processes.is_first else redirect_stdout(silence)):
+        with (sigterm_interrupts(), joined(config.device) as processes,
+              open(os.devnull, "w") as silence,
+              nullcontext() if processes.is_first else redirect_stdout(silence)):
             if options.dry_run:
                 preview(config, processes)
                 return 0
@@ -70,11 +71,11 @@ def main(argv=None) -> int:
             line = f"{line}; {kept(Path(config.out))}"
         else:
             raise  # a fault of ours: with its traceback
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         saved = config and state_files(run := Path(config.out))
-        go_on = f"; {kept(run)}" if saved else " before any save"
+        go_on = f"; {kept(run)}" if saved else " before any save; encoded tiles stay in the cache"
         print(f"train.py: interrupted{go_on}", file=sys.stderr)
-        return 130
+        return 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
     finally:
         unlock()
     print(f"train.py: error: {one_line(line)}", file=sys.stderr)
@@ -105,8 +106,8 @@ def train(config: Config, options, command, processes=Processes()) -> int:
         features, training, validation = load_features(config, pipeline, tiles)
     training_rows = features.rows(training)
     # What a saved state must agree with to be continued.
-    identity = {"base_hash": pipeline.base_hash, "dtype": str(dtype),
-                "tiles": features.fingerprint(training),
+    identity = {"base_hash": pipeline.base_hash, "base_settings": settings_hash(config.base),
+                "dtype": str(dtype), "tiles": features.fingerprint(training),
                 "held_out": features.fingerprint(validation)}
     total = total_steps(config, len(training))
     classes = group_by_class(training) if config.class_balanced else None
@@ -128,9 +129,7 @@ def train(config: Config, options, command, processes=Processes()) -> int:
         run / name, pipeline, state.adapter, features, spread(validation, config.sample_count),
         config.guidance_scale, config.seed, None if config.features else config.tile_fit))
     save = processes.by_first(partial(save_run, run, config, identity, state))
-
-    def check():
-        validate(state, partial(processes.from_first, measure), note)
+    check = partial(validate, state, partial(processes.from_first, measure), note)
 
     with StopSignals() as stop, board or nullcontext():
         try:
@@ -161,8 +160,8 @@ def begin(run: Path, config: Config, options, command, identity, state, features
 
     def by_first():
         session = describe_session(
-            command, {"base": identity["base_hash"], "tiles": identity["tiles"],
-                      "held_out": identity["held_out"]},
+            command, {"base": identity["base_hash"],
+                      **{key: identity[key] for key in ("base_settings", "tiles", "held_out")}},
             [Path(__file__), *PACKAGE.glob("*.py")], seed=config.seed, features=features,
             precision=identity["dtype"], deterministic=config.deterministic,
             processes=processes.size)
@@ -259,19 +258,21 @@ def fit(config: Config, total: int, state: TrainingState, loss_of, batches_of, n
 
 def check_run_folder(run: Path, config: Config, options) -> None:
     """Before any loading or deleting, refuse to lose or mix up runs. Raises: ValueError."""
-    if not options.resume:
+    if options.resume:
+        check_resumable(run)
+    else:
         check_new(run, options.overwrite)
     if (run / RECORD).is_file():  # now, not after hours of encoding
         lock(run)
     if not options.resume:
         return
-    check_resumable(run)
     refused, free = changes(Config(**read_yaml(run / SETTINGS)), config)
+    note = f"other settings, of no effect on the result: {'; '.join(free)}"
     if refused:
-        raise ValueError(f"{run}: cannot resume with other settings: {'; '.join(refused)}")
+        raise ValueError(f"{run}: cannot resume with other settings: {'; '.join(refused)}"
+                         f"{f'; {note}' if free else ''}")
     if free:
-        print(f"train.py: note: other settings, of no effect on the result: {'; '.join(free)}",
-              file=sys.stderr)
+        print(f"train.py: note: {note}", file=sys.stderr)
 
 
 def check_shares(config: Config, processes: Processes) -> None:

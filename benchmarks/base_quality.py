@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from pixcell_min.base import load_pixcell_base
+from pixcell_min.base import load_pixcell_base, load_vae
 from pixcell_min.batches import generator_for
 from pixcell_min.checkpoint import write_text
 from pixcell_min.data import find_tiles, fit_tile, image_to_tensor, read_tile, tensor_to_image
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--sheet", type=Path, help="PNG to write: tile | VAE | samples by guidance")
     options = parser.parse_args()
-    pipeline = load_pixcell_base(options.base, "cpu")
+    pipeline, vae = load_pixcell_base(options.base, "cpu"), load_vae(options.base, "cpu")
     if options.data:
         tiles = find_tiles(options.data)
         names = [f"{tile.label}/{tile.path.name}" for tile in tiles]
@@ -52,10 +52,10 @@ def main() -> None:
         embeddings = pipeline.encoder(images)
     chosen = [i * len(images) // options.guidance_tiles for i in range(options.guidance_tiles)]
     guided, samples = guidance(pipeline, [names[i] for i in chosen], embeddings[chosen])
-    each = [round_trip_psnr(pipeline.vae, [image]) for image in images]
+    each = [round_trip_psnr(vae, [image]) for image in images]
     result = {
         "base_hash": pipeline.base_hash, "data": str(options.data), "tiles": len(images),
-        "vae_psnr_db": {"of the mean squared error": round_trip_psnr(pipeline.vae, images),
+        "vae_psnr_db": {"of the mean squared error": round_trip_psnr(vae, images),
                         "mean over tiles": float(np.mean(each)), "lowest": min(each)},
         "retrieval": retrieval(pipeline.encoder, images, embeddings[:, 0]),
         "guidance": guided, "guidance_tiles": [names[i] for i in chosen], "steps": STEPS, "scheduler": SCHEDULER,
@@ -69,7 +69,7 @@ def main() -> None:
         for number, i in enumerate(chosen):
             pixels = image_to_tensor(images[i])[None].to(pipeline.device)
             with torch.no_grad():
-                rebuilt = tensor_to_image(pipeline.vae.decode(pipeline.vae.encode(pixels)[0])[0])
+                rebuilt = tensor_to_image(vae.decode(vae.encode(pixels)[0])[0])
             rows.append((images[i], rebuilt, *(samples[scale][number]
                                                for scale in SCALES[:4:3] + SCALES[5:6])))
         rows = [[image.resize((SHEET_PIXELS, SHEET_PIXELS), Image.Resampling.LANCZOS)

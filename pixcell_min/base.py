@@ -6,6 +6,7 @@ looked for beside it, in `sd3-vae/` (or `sd3-vae/vae/`) and `uni2-h/`, then unde
 `weights/`, then in the hub's cache. Nothing is ever fetched from here.
 """
 
+import hashlib
 import os
 from functools import lru_cache, partial
 from pathlib import Path
@@ -176,6 +177,13 @@ def features_hash(base) -> str:
     tokens = _num_tokens(find_base(base))
     crops = [f"{tokens}tokens"] if tokens > 1 else []
     return "-".join([*map(file_hash, feature_files(base)), *crops])
+
+
+def settings_hash(base) -> str:
+    """SHA-256 of the two files that say a base's sizes and its noise. Raises: ValueError."""
+    files = "transformer/config.json", "scheduler/scheduler_config.json"
+    hashes = "".join(file_hash(find_base(base) / name) for name in files)
+    return hashlib.sha256(hashes.encode()).hexdigest()
 
 
 @lru_cache(maxsize=1)

@@ -25,7 +25,7 @@ PICKLE_SUFFIXES = (".bin", ".pth", ".pt")
 # All that torch.load was seen to raise when files were cut or their bytes flipped.
 BROKEN_PICKLE = (pickle.UnpicklingError, struct.error, zipfile.BadZipFile, AssertionError, EOFError,
                  AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
-STATE_FORMAT = 3  # raise it whenever a state would be continued otherwise than it was begun
+STATE_FORMAT = 4  # raise it whenever a state would be continued otherwise than it was begun
 MAX_NAMED_KEYS = 3  # an error line names this many keys of each kind and counts the rest
 
 

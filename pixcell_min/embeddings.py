@@ -43,7 +43,7 @@ def timestep_sinusoid(timesteps):
 
 
 def normal_start(rows, width):
-    """(rows, width), normal with standard deviation 1/√width: how a table starts."""
+    """(rows, width), normal with standard deviation 1/√width, within ±2: how a table starts."""
     # randn and division would, on the meta device, import torch's compiler: 1 s and 150 MB.
     return nn.init.trunc_normal_(torch.empty(rows, width), std=width**-0.5)
 

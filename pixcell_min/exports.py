@@ -4,7 +4,8 @@
 
 Whatever was read by `formats.py` can be written; where it came from is kept in the safetensors
 header and in a JSON file of our own, never in PEFT's configuration. What one call writes appears
-whole or not at all. Must be read alike by peft 0.21 and diffusers 0.42.
+whole or not at all, but for a kill between two moves. Must be read alike by peft 0.21 and
+diffusers 0.42.
 """
 
 import json
@@ -140,7 +141,7 @@ def write_together(paths: list[Path], write) -> None:
     paths: of files or folders, all of one folder. Raises: ValueError, with what was there in its
     place, if they cannot be written.
     """
-    parent, moved, done = paths[0].parent, [], False
+    parent, old, moved, done = paths[0].parent, None, [], False
     try:
         parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=parent, prefix=f".{paths[0].name}.", suffix=".tmp"))
@@ -150,8 +151,10 @@ def write_together(paths: list[Path], write) -> None:
             write(new)
             for path in paths:
                 moved.append(path)
-                if path.exists():  # no one call replaces a folder that holds files
+                if path.is_dir():  # no one call replaces a folder that holds files
                     os.replace(path, old / path.name)
+                elif path.exists():  # a copy: a kill leaves the old file or the new one
+                    shutil.copy2(path, old / path.name)
                 os.replace(new / path.name, path)
             done = True
         finally:  # interrupted, too
@@ -162,5 +165,6 @@ def write_together(paths: list[Path], write) -> None:
                     os.replace(old / path.name, path)
             shutil.rmtree(temporary)
     except OSError as error:
-        raise ValueError(f"{paths[0]}: cannot be written ({error}); free space or choose another "
-                         "place") from None
+        left = f"; what was there is in {old}" if old and old.exists() else ""
+        raise ValueError(f"{paths[0]}: cannot be written ({error}){left}; free space or choose "
+                         "another place") from None

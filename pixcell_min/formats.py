@@ -215,11 +215,13 @@ def _diffusers_layers(state, text, alpha, path):
         alphas = {key.removesuffix(".alpha"): _number(state.pop(key), key, path)
                   for key in [*state] if key.endswith(".alpha")}
         layers = _equal_layers(state, alpha)
-        if unsaid := [name for name in layers if alpha is None and name not in alphas]:
-            raise ValueError(f"{path}: names no alpha for {unsaid[0]!r} (no {DIFFUSERS_CONFIG} in "
-                             "its header): diffusers takes alpha = rank, whatever it was; name it "
-                             "by pixcell_min.tools.convert --alpha")
+        if not alphas and alpha is None:
+            raise ValueError(f"{path}: names no alpha (no {DIFFUSERS_CONFIG} in its header): "
+                             "diffusers takes alpha = rank, whatever it was; name it by "
+                             "pixcell_min.tools.convert --alpha")
         _check_alphas(alphas, layers, path)
+        if unsaid := [name for name in layers if alphas and name not in alphas]:
+            raise ValueError(f"{path}: has alpha tensors, but none for {unsaid[0]!r}")
         return {name: its | {"alpha": alphas.get(name, its["alpha"])}
                 for name, its in layers.items()}
     try:

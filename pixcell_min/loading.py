@@ -32,8 +32,7 @@ def load_weights(module, path) -> None:
     tensors, _ = read_tensors(path)
     places = module.state_dict()
     others = [name for name, tensor in tensors.items() if name in places
-              and tensor.is_floating_point() and tensor.shape == places[name].shape
-              and (tensor.dtype, tensor.stride()) != (places[name].dtype, places[name].stride())]
+              and tensor.is_floating_point() and _differs(tensor, places[name])]
     for group in groups(others, [tensors[name].nbytes for name in others], GROUP_BYTES):
         mapped, _ = read_tensors(path)  # anew: what was read counts as used until it is unmapped
         for name in group:
@@ -42,6 +41,14 @@ def load_weights(module, path) -> None:
             tensors[name] = new.copy_(mapped[name])
         del mapped
     load_strict(module, tensors, path)
+
+
+def _differs(tensor, place):
+    """Whether they are of one shape, yet of other dtypes or memory orders."""
+    strides = [(a, b) for size, a, b in zip(tensor.shape, tensor.stride(), place.stride())
+               if size > 1]
+    return tensor.shape == place.shape and (
+        tensor.dtype != place.dtype or any(a != b for a, b in strides))
 
 
 def groups(names, sizes, limit):

@@ -244,8 +244,9 @@ def unmerge_lora(model) -> None:
 
 
 def fold_lora(model) -> None:
-    """Merge every layer for good, one by one: plain layers, no copy of W, no LoRA left.
+    """Merge every layer for good, in place: plain layers, no copy of W, no LoRA left.
 
+    Whatever shares W's memory (a state_dict taken before) sees it; a mapped file does not change.
     Raises: ValueError, with nothing folded, if LoRA is absent, merged or disabled.
     """
     layers = _layers(model, unmerged_for="folding it")

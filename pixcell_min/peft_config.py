@@ -53,12 +53,15 @@ def peft_layers(names, config, source) -> dict[str, dict]:
 def check_selected(names, config, source) -> None:
     """Refuse a layer of `names` that the configuration leaves out: peft passes over its tensors.
 
-    Raises: ValueError naming the layer, or fields that peft does not know so.
+    Source: check_target_module_exists of peft 0.21. Raises: ValueError naming the layer, or that
+    the fields are of other types.
     """
     targets, blocks = config["target_modules"], config.get("layers_to_transform")
     numbers = [blocks] if isinstance(blocks, int) else blocks
-    before = config.get("layers_pattern") or [r".*?\.[^.]*"]  # what stands before a block's number
+    before = config.get("layers_pattern") or []  # what stands before a block's number
     before = [before] if isinstance(before, str) else before
+    places = [rf"(?:^|.*?\.){end}\.(?P<number>\d+)\." for end in before] or [
+        r".*?\.[^.]*\.(?P<number>\d+)\."]
 
     def matches(ends, name):  # a string is an expression, a list holds names or their ends
         if isinstance(ends, str):
@@ -71,14 +74,14 @@ def check_selected(names, config, source) -> None:
             return False
         if isinstance(targets, str) or name in targets or not numbers:
             return True
-        found = [re.match(rf"(?:.*?\.)?{end}\.(\d+)\.", name) for end in before]
-        return any(match and int(match[1]) in numbers for match in found)
+        found = next(filter(None, (re.match(place, name) for place in places)), None)
+        return found is not None and int(found["number"]) in numbers
 
     try:
         wrong = next((name for name in names if not selected(name)), None)
     except (re.error, TypeError):
         raise ValueError(f"{source}: target_modules, exclude_modules, layers_to_transform or "
-                         "layers_pattern is none of peft's") from None
+                         "layers_pattern cannot be read as peft's") from None
     if wrong:
         raise ValueError(f"{source}: leaves out {wrong!r}, whose tensors are there: peft would "
                          "pass them over; mend target_modules, exclude_modules or "

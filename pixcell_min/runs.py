@@ -49,14 +49,13 @@ def check_new(run: Path, overwrite: bool) -> None:
     check_writable(run)
 
 
-def check_writable(run: Path) -> None:
+def check_writable(run: Path, mend="choose another --out") -> None:
     """Raises: ValueError if nothing can be written there, before anything long is begun."""
     folder = run
     while not folder.exists():
         folder = folder.parent
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise ValueError(f"{run}: cannot be written, {folder.absolute()} is read-only; choose "
-                         "another --out")
+        raise ValueError(f"{run}: cannot be written, {folder.absolute()} is read-only; {mend}")
 
 
 def require_state(run: Path) -> None:
@@ -69,7 +68,7 @@ def require_state(run: Path) -> None:
 def check_resumable(run: Path) -> None:
     """Raises: ValueError unless the folder holds a run that can go on; nothing is written yet."""
     require_state(run)
-    check_writable(run)
+    check_writable(run, "make it writable; what was saved in it stays")
     read_sessions(run)
 
 
@@ -167,17 +166,21 @@ def remove_temporary(run: Path) -> None:
 def log(run: Path, board, progress, values: dict) -> None:
     """Append a line to metrics.jsonl: steps made, attempts at steps, values. Raises: ValueError.
 
-    board: a TensorBoard writer that gets the finite numbers too, or None.
+    board: a TensorBoard writer that gets the finite numbers too, bands as KEY/0…, or None.
     """
     finite = _finite({"step": progress.step, "attempt": progress.attempt, **values})
     try:
         with open(run / METRICS, "a", encoding="utf-8") as file:
             file.write(json.dumps(finite) + "\n")
+        for key, value in finite.items() if board else ():
+            bands = value if isinstance(value, list) else [value]
+            for band, number in enumerate(bands):
+                if isinstance(number, float):
+                    name = f"{key}/{band}" if bands is value else key
+                    board.add_scalar(name, number, progress.step)
     except OSError as error:
-        raise ValueError(f"{run / METRICS}: cannot be written ({error.strerror})") from None
-    for key, value in finite.items():
-        if board and isinstance(value, float):
-            board.add_scalar(key, value, progress.step)
+        raise ValueError(f"{run}: {METRICS} or tensorboard cannot be written ({error.strerror})"
+                         ) from None
 
 
 def _finite(value):
@@ -227,9 +230,9 @@ def load_state(run: Path, identity: dict, state: TrainingState, report) -> None:
     """
     saved, path, failures = checkpoint.load_newest_state(
         run / STATES, {*identity, *state.state_dict()})
-    for key, value in identity.items():
-        if str(saved[key]) != value:
-            raise ValueError(f"{run}: cannot resume: {key} was {saved[key]}, is {value}")
+    if changed := [f"{key} was {saved[key]}, is {value}" for key, value in identity.items()
+                   if str(saved[key]) != value]:
+        raise ValueError(f"{run}: cannot resume: {'; '.join(changed)}")
     kinds = {key: type(value) for key, value in vars(Progress()).items()}
     if not isinstance(its := saved["progress"], dict) or kinds != {k: type(its[k]) for k in its}:
         raise ValueError(f"{path}: its progress is {its}, expected "

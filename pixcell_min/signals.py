@@ -1,7 +1,31 @@
-"""Being told to stop: Ctrl-C and SIGTERM end a run after the step under way, not within it."""
+"""Being told to stop: Ctrl-C and SIGTERM end a run after the step under way, not within it.
+
+Before the first step and after the last they end it at once, with what is to be said.
+"""
 
 import signal
 import threading
+from contextlib import contextmanager
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came."""
+
+
+@contextmanager
+def sigterm_interrupts():
+    """Within the block SIGTERM raises `Terminated`, as Ctrl-C does KeyboardInterrupt."""
+    def stop(number, frame):
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # which alone gets signals
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class StopSignals:

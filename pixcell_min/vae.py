@@ -9,6 +9,7 @@ diffusers.AutoencoderKL.
 
 import math
 import reprlib
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -238,8 +239,14 @@ class AutoencoderKL(nn.Module):
         return (mean - shift) * scale, logvar.clamp(*LOGVAR_RANGE) + 2 * math.log(scale)
 
     def decode(self, latents):
-        """Scaled latents (B, C, h, w) → pixels (B, 3, 8h, 8w), about [−1, 1], not clamped."""
-        return self.decoder(latents / self.config.scaling_factor + self.config.shift_factor)
+        """Scaled latents (B, C, h, w) → pixels (B, 3, 8h, 8w), about [−1, 1], not clamped.
+
+        Where the decoder's products are held in half of the latents' precision, so are the pixels.
+        """
+        held = self.decoder.conv_in.weight.dtype
+        with (torch.autocast(latents.device.type, held) if held.itemsize < latents.dtype.itemsize
+              else nullcontext()):
+            return self.decoder(latents / self.config.scaling_factor + self.config.shift_factor)
 
     def decode_tiled(self, latents, tile=64, overlap=16):
         """`decode` of large images in latent tiles of side `tile`, cross-faded over `overlap`.

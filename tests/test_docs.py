@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 import fuzzing
 from conftest import ROOT
@@ -25,7 +26,7 @@ from pixcell_min.released import RELEASES
 from pixcell_min.schedulers import NoiseSchedule
 from pixcell_min.training import DEBIASED_MAX
 from pixcell_min.transformer import PixCellTransformer, TransformerConfig
-from pixcell_min.vae import VAEConfig
+from pixcell_min.vae import AutoencoderKL, VAEConfig
 
 GUIDE = ROOT / "docs" / "guide.md"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "tests" / "parity.md",
@@ -357,18 +358,17 @@ def test_the_readmes_figures_in_words_are_those_of_the_results():
             *map(percents, left))
 
 
-def compared():
-    """benchmarks/compare.py as a module."""
+def benchmark(name):
+    """benchmarks/NAME.py as a module."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
-    import compare
-    return compare
+    return importlib.import_module(name)
 
 
 PLACES = [("colour W1", 2), ("H angle °", 1), ("E angle °", 1), ("cosine", 3), ("nuclei r", 2)]
 
 
 def test_the_readmes_other_tables_are_those_of_their_results():
-    wanted = compared().table(RESULTS["compare"], "full").splitlines()
+    wanted = benchmark("compare").table(RESULTS["compare"], "full").splitlines()
     for its in RESULTS["guidance_interval"]["results"].values():
         pairs = [f"{its[arm][name]:.{n}f}" for name, n in (
             ("colour W1", 2), ("cosine", 3), ("nuclei r", 2)) for arm in ("base", "both")]
@@ -428,6 +428,37 @@ def test_the_readmes_words_on_adaptation_are_those_of_the_results():
         f"(nuclei {within['nuclei r']:.2f} against {everywhere['nuclei r']:.2f})")
 
 
+def gigaflop(call):
+    """Of matrix products and convolutions, as torch counts them."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        call()
+    return counter.get_total_flops() / 1e9
+
+
+def test_the_losses_of_float16_and_bfloat16_lie_in_the_readmes_band():
+    result = RESULTS["precision"]
+    runs = result["relative_to_float32"]
+    apart = {name: max(benchmark("precision").relative_distances(runs[name]["loss"], runs["float32"]["loss"]))
+             for name in ("bf16", "fp16")}
+    assert all(its <= result["band"] for its in apart.values()) and result["steps"] == 200
+    assert len(runs["float32"]["loss"]) == 200 and runs["fp16"]["skipped"] == 0
+    assert_quoted(f"over {result['steps']} steps of the embedded base",
+                  f"within {100 * apart['bf16']:.2f} % of float32's", f"within {100 * apart['fp16']:.3f} %",
+                  f"the band that we allow is {100 * result['band']:.1f} %")
+
+
+def test_the_readmes_gigaflop_are_those_of_the_networks():
+    with torch.device("meta"):
+        vae = AutoencoderKL(VAEConfig())
+        encode = gigaflop(lambda: vae.encode(torch.empty(1, 3, 256, 256)))
+        decode = gigaflop(lambda: vae.decode(torch.empty(1, 16, 32, 32)))
+    inputs = torch.zeros(2, 16, 32, 32), torch.zeros(2), torch.zeros(2, 1, 1536)
+    one, two = (gigaflop(lambda: model(*inputs)) for model in (
+        PixCellTransformer(TransformerConfig(num_layers=count)) for count in (1, 2)))
+    pair = one + (TransformerConfig().num_layers - 1) * (two - one)
+    assert_quoted(f"the VAE's {encode:.0f} and {decode:.0f} GFLOP", f"pair's {pair:.0f} GFLOP")
+
+
 def test_the_readmes_words_on_cost_are_those_of_the_results():
     full = {name.removeprefix("full "): its for name, its in RESULTS["compare"].items()}
     seconds = {name: [f"{its['seconds'][side]:.2f}" for side in ("ours", "peer")]
@@ -459,7 +490,7 @@ def test_the_readmes_words_on_cost_are_those_of_the_results():
         f"(ratios {min(equal):.2f} to {max(equal):.2f} at equal precision) but UNI2-h's "
         f"({full['encoder-float32']['ratio']['median']:.2f})",
         f"alone need {0.273 / 2 / rates[0]:.2f} s and {0.622 / 2 / rates[0]:.2f} s here, a guided "
-        f"pair's 456 GFLOP {0.456 / 2 / rates[0]:.2f} s",
+        f"pair's 457 GFLOP {0.457 / 2 / rates[0]:.2f} s",
         f"Training takes {min(training):.1f} to {max(training):.1f} of the memory, sampling "
         f"{min(sampling):.2f} to {max(sampling):.2f}, the VAE {min(vae):.2f} to {max(vae):.2f}",
         f"one of a process in {first['ours']:.2f} s, theirs, with what must be imported for it, in "

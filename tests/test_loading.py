@@ -83,6 +83,17 @@ def test_every_tensor_arrives_in_the_networks_layout(tmp_path, dtype):
         assert tensor.dtype == dtype and torch.equal(tensor, expected[name].to(dtype))
 
 
+def test_an_order_that_differs_in_name_alone_is_not_copied(tmp_path, monkeypatch):
+    """A 1×1 convolution has other strides in channels_last, and the same numbers in the same places."""
+    save_tensors(tmp_path / "w.safetensors", nn.Conv2d(3, 4, 1).state_dict())
+    with torch.device("meta"):
+        module = nn.Conv2d(3, 4, 1).to(memory_format=torch.channels_last)
+    asked = []
+    monkeypatch.setattr(loading, "groups", lambda names, *rest: asked.extend(names) or [])
+    load_weights(module, tmp_path / "w.safetensors")
+    assert asked == []
+
+
 def test_a_wrong_shape_is_said_before_any_change_of_layout(tmp_path):
     save_tensors(tmp_path / "w.safetensors", {"weight": torch.ones(4, 27), "bias": torch.ones(4)})
     with torch.device("meta"):

@@ -66,7 +66,7 @@ def test_without_finite_losses_there_is_no_curve(tmp_path):
     assert not (tmp_path / "loss.png").exists()
 
 
-def test_tensorboard_gets_the_numbers_where_it_is_installed(arguments, tmp_path, monkeypatch):
+def test_tensorboard_gets_the_numbers_where_it_is_installed(arguments, tmp_path, monkeypatch, capsys):
     scalars, made = [], []
 
     class Writer:
@@ -93,8 +93,21 @@ def test_tensorboard_gets_the_numbers_where_it_is_installed(arguments, tmp_path,
     losses = [(line["loss"], line["step"]) for line in metrics(run) if "loss" in line]
     assert [entry[1:] for entry in scalars if entry[0] == "loss"] == losses
     assert [entry[2] for entry in scalars if entry[0] == "validation_loss"] == [0, 4]
+    bands = [line["validation_bands"] for line in metrics(run) if "validation_bands" in line]
+    assert [entry[1] for entry in scalars if entry[0].startswith("validation_bands/")] == [
+        loss for its in bands for loss in its if loss is not None]
+    assert ("validation_bands/7", bands[1][7], 4) in scalars
     assert train.main(["--resume", "--out", str(run)]) == 0
     assert made[1][1] == 5
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Writer, "add_scalar", full)
+    capsys.readouterr()
+    assert train.main([*arguments, "--overwrite"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "tensorboard cannot be written (No space left on device)" in error and "step 0 is kept" in error
     monkeypatch.setattr(monitor.importlib.util, "find_spec", lambda name: None)
     assert monitor.open_tensorboard(run, 0) is None
 

@@ -10,12 +10,14 @@ import torch
 from diffusers import PixArtTransformer2DModel
 from diffusers.loaders import PeftAdapterMixin, SD3LoraLoaderMixin
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import load_file, save_file
 
 from pixcell_min.checkpoint import read_json, read_tensors
 from pixcell_min.exports import write_lora
 from pixcell_min.formats import DIFFUSERS_CONFIG, load_lora, read_lora, stack
 from pixcell_min.lora import inject_lora, lora_layers, save_lora
+from pixcell_min.peft_config import check_selected
 from references import call, error, pixart
 from test_parity_lora import OPTIONS, SAME_MATHS, generator
 
@@ -183,8 +185,8 @@ def spoilt_peft(folder, change_config=lambda c: None, rename=lambda key: key):
     (lambda c: c.update(r="4"), "expected ('4', 16)"),
     (lambda c: c.update(rank_pattern={"(": 2}), "rank_pattern"),
     (lambda c: c.update(alpha_pattern=[1]), "alpha_pattern"),
-    (lambda c: c.update(target_modules="("), "is none of peft's"),
-    (lambda c: c.update(layers_to_transform="ab", layers_pattern="transformer_blocks"), "is none of peft's"),
+    (lambda c: c.update(target_modules="("), "cannot be read as peft's"),
+    (lambda c: c.update(layers_to_transform="ab", layers_pattern="transformer_blocks"), "cannot be read as peft's"),
 ])
 def test_a_wrong_configuration_is_named(change, words, tmp_path):
     refused(spoilt_peft(tmp_path, change), words)
@@ -211,8 +213,33 @@ def test_tensors_that_peft_passes_over_are_named(fields, left_out, tmp_path):
     refused(folder, f"leaves out {left_out!r}")
 
 
+NESTED = ("a.blocks.1.experts.0.proj", "blocks.1.ff.net.0.proj", "blocks.0.ff.net.2", "blocks.0.attn1.to_q",
+          "a.blocks.0.attn2.to_q", "proj")
+
+
+@pytest.mark.parametrize("fields", [
+    {"layers_to_transform": [0]}, {"layers_to_transform": 1}, {"layers_to_transform": [0], "layers_pattern": "blocks"},
+    {"layers_to_transform": [0], "layers_pattern": ["blocks", "net"]}, {"layers_to_transform": [0], "layers_pattern": []},
+    {"layers_to_transform": [0], "layers_pattern": ["net", "blocks"]}, {"exclude_modules": ["net.2", "attn1"]},
+    {"layers_to_transform": [2], "layers_pattern": "net"}, {"target_modules": ["blocks.0.attn1.to_q", "2"],
+                                                            "layers_to_transform": [1], "layers_pattern": "blocks"}])
+def test_layers_are_selected_as_by_peft(fields):
+    config = {"target_modules": ["proj", "to_q", "net.2"], **fields}
+    theirs = LoraConfig(**config)
+    for name in NESTED:
+        try:
+            check_selected([name], config, "c.json")
+            taken = True
+        except ValueError as error:
+            assert f"c.json: leaves out {name!r}" in str(error)
+            taken = False
+        their = check_target_module_exists(theirs, name)
+        assert taken == bool(their and "Excluded" not in type(their).__name__), name
+
+
 @pytest.mark.parametrize("fields", [
     {"layers_to_transform": [0, 1], "layers_pattern": "transformer_blocks"}, {"exclude_modules": ["attn2.to_k"]},
+    {"layers_to_transform": [0, 1], "layers_pattern": "(transformer_)?blocks"},
     {"exclude_modules": "x"}, {"layers_to_transform": []}, {"target_modules": "all-linear"}])
 def test_a_selection_that_leaves_no_tensor_out_is_taken(fields, tmp_path):
     plain, folder = spoilt_peft(tmp_path / "plain"), spoilt_peft(tmp_path / "x", lambda c: c.update(fields))
@@ -285,7 +312,7 @@ def test_diffusers_metadata_with_the_prefix_is_right_everywhere(tmp_path):
 def test_a_diffusers_file_without_alpha_is_not_guessed(tmp_path):
     net, path = write_diffusers(tmp_path, None)
     assert diffusers_scale(path) == {1.0}  # wrong, and not a word
-    refused(path, "names no alpha for 'transformer_blocks.0.attn1.to_")
+    refused(path, "names no alpha (no lora_adapter_metadata in its header)")
     named = read_lora(path, alpha=8.0)
     assert {named.scaling(layer) for layer in named.layers} == {2.0}
 
@@ -297,7 +324,7 @@ def test_alpha_tensors_of_a_diffusers_file_are_read(tmp_path):
     with pytest.raises(ValueError, match="names its own alpha"):
         read_lora(path, alpha=8.0)
     tensors, key = load_file(path), "transformer.transformer_blocks.0.attn1.to_q"
-    for change, words in (({f"{key}.alpha": None}, "names no alpha for 'transformer_blocks.0.attn1.to_q'"),
+    for change, words in (({f"{key}.alpha": None}, "has alpha tensors, but none for 'transformer_blocks.0.attn1.to_q'"),
                           ({f"{key}.alpha": torch.ones(2)}, "to_q.alpha is (2,), expected one number"),
                           ({f"{key}.alpha": torch.tensor(0.0)}, "alpha must be finite and above 0"),
                           ({f"{key}.lora_A.weight": None, f"{key}.lora_B.weight": None}, "has no other tensor")):

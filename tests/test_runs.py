@@ -264,16 +264,16 @@ def test_a_read_only_folder_is_refused_before_anything_is_loaded(
     assert train.main([*arguments, "--max-train-steps", "1"]) == 0
     capsys.readouterr()
     monkeypatch.setattr(train, "load_pixcell_base", None)
+    monkeypatch.setattr(train, "lock", None)  # it opens a file in the folder
     if os.geteuid() == 0:  # root may write anywhere; the system's answer stands in
         monkeypatch.setattr(runs.os, "access", lambda path, mode: False)
     else:
         tmp_path.chmod(0o555)
     try:
-        for flags in ([*arguments, "--out", str(tmp_path / "new" / "run")], [
-                "--resume", "--out", str(tmp_path / "run")]):
+        for flags, mend in (([*arguments, "--out", str(tmp_path / "new" / "run")], "choose another --out"), (
+                ["--resume", "--out", str(tmp_path / "run")], "make it writable; what was saved in it stays")):
             assert train.main(flags) == 2
-            error = last_line(capsys)
-            assert "is read-only; choose another --out" in error
+            assert f"is read-only; {mend}" in last_line(capsys)
     finally:
         tmp_path.chmod(0o755)
 
@@ -410,7 +410,8 @@ def test_a_resume_names_each_difference_and_refuses_those_that_change_the_result
     capsys.readouterr()
     assert resume(run, "--seed", "7", "--learning-rate", "0.5", "--save-every", "3") == 2
     error = last_line(capsys)
-    assert "seed 0 → 7" in error and "learning_rate 0.01 → 0.5" in error and "save" not in error
+    assert "seed 0 → 7" in error and "learning_rate 0.01 → 0.5" in error
+    assert error.endswith("; other settings, of no effect on the result: save_every 2 → 3")
     assert resume(run, "--save-every", "3", "--keep-states", "3") == 0
     noted = capsys.readouterr().err
     assert "of no effect on the result: save_every 2 → 3; keep_states 2 → 3" in noted

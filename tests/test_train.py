@@ -4,8 +4,10 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -147,6 +149,8 @@ def test_a_cache_and_tiles_inside_the_run_folder_survive(arguments, tmp_path, ti
 
 RESUME_DAMAGE = {
     "another base": "base_hash was",
+    "another base's settings": "base_settings was",
+    "another base's noise": "base_settings was",
     "other tiles": "tiles was",
     "another VAE": "tiles was",
     "another class": "tiles was",
@@ -155,6 +159,10 @@ RESUME_DAMAGE = {
     "no state": "not the state of a run",
     "no metrics": "metrics.jsonl: cannot be read",
     "broken metrics": "metrics.jsonl: a line is no log entry",
+}
+CHANGED_BASE = {
+    "another base's settings": ("transformer/config.json", {"num_attention_heads": 2, "attention_head_dim": 16}),
+    "another base's noise": ("scheduler/scheduler_config.json", {"beta_end": 0.03}),
 }
 
 
@@ -169,6 +177,9 @@ def test_resume_refuses_what_would_mix_runs(damage, arguments, tiles, tmp_path, 
     if damage == "another base":
         shutil.rmtree(base)
         write_base(base, seed=5)
+    elif damage in CHANGED_BASE:  # the weights fit as before
+        name, changes = CHANGED_BASE[damage]
+        (base / name).write_text(json.dumps(json.loads((base / name).read_text()) | changes))
     elif damage == "other tiles":
         (tiles / "TUM" / "TUM_0.png").unlink()
     elif damage == "another VAE":
@@ -191,7 +202,9 @@ def test_resume_refuses_what_would_mix_runs(damage, arguments, tiles, tmp_path, 
         (run / "metrics.jsonl").write_text("[1]\n")
     capsys.readouterr()
     assert train.main(["--resume", "--out", str(run)]) == 2
-    assert RESUME_DAMAGE[damage] in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert RESUME_DAMAGE[damage] in error
+    assert damage != "another VAE" or "; held_out was" in error  # each difference is named
     assert_same_weights(weights(run), before)
 
 
@@ -220,6 +233,20 @@ def test_an_interrupt_before_any_save_does_not_offer_to_resume(arguments, monkey
     monkeypatch.setattr(train, "load_pixcell_base", stop)
     assert train.main(arguments) == 130
     assert "before any save" in capsys.readouterr().err
+
+
+def test_sigterm_before_the_first_step_is_said(arguments, tmp_path, monkeypatch, capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    encode = train.encode_images
+
+    def terminated(*given):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return encode(*given)
+
+    monkeypatch.setattr(train, "encode_images", terminated)
+    assert train.main(arguments) == 143
+    assert "interrupted before any save; encoded tiles stay in the cache" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_run_that_overflows_in_every_step_stops(arguments, monkeypatch, capsys):
@@ -593,6 +620,22 @@ def test_dropout_does_not_repeat_the_noise_of_its_batch():
         global_draws.append(torch.randn(batch.noise.shape))
         assert not torch.equal(global_draws[-1], batch.noise)
     assert len(global_draws) == 2 and not torch.equal(*global_draws)  # reseeded per micro-step
+
+
+def test_each_step_draws_latents_noise_timesteps_and_dropout_anew():
+    features = type("F", (), {
+        "draw_variants": lambda self, rows, g: rows, "embeddings": torch.zeros(8, 1, 16),
+        "sample_latents": lambda self, rows, g: torch.randn(len(rows), 16, 8, 8, generator=g)})()
+
+    def steps(seed, count=4):
+        return [batch for step in range(count) for batch in draw_micro_batches(
+            features, torch.arange(8), NoiseSchedule.linear(), 8, 2, 0.5, None, seed, "cpu", 0, 1, step)]
+    first, again, other = steps(0), steps(0), steps(1)
+    for a, b in zip(first, again, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(vars(a).values(), vars(b).values()))
+    for name in ("latents", "noise", "timesteps", "dropped"):  # all pairs of steps, another seed too
+        drawn = [getattr(batch, name) for batch in first + other]
+        assert not any(torch.equal(a, b) for i, a in enumerate(drawn) for b in drawn[:i]), name
 
 
 def test_lora_and_adapter_have_rates_of_their_own(tiny_base):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from pixcell_min import transformer as module
 from pixcell_min.adapter import EmbeddingAdapter
-from pixcell_min.embeddings import sincos_grid, timestep_sinusoid
+from pixcell_min.embeddings import normal_start, sincos_grid, timestep_sinusoid
 from pixcell_min.lora import count_parameters, inject_lora, lora_disabled, lora_parameters
 from pixcell_min.transformer import (
     FIXED, WEIGHTS_NAME, Attention, Block, PixCellTransformer, TransformerConfig, attend,
@@ -521,3 +521,12 @@ def test_compiled_blocks_train_alike_and_follow_lora_on_and_off(checkpointing):
         close(off, models[1](*inputs()), COMPILED)
     with torch.no_grad():
         assert (models[0](*inputs()) - off).abs().max() > 100 * COMPILED
+
+
+def test_tables_start_normal_with_one_over_the_root_of_their_width():
+    torch.manual_seed(0)
+    tables = [normal_start(6, 400), PixCellTransformer(TransformerConfig(num_layers=1)).uncond_embedding]
+    for table in tables:
+        deviations = table.flatten() * table.shape[1] ** 0.5
+        assert abs(deviations.std() - 1) < 0.05 and abs(deviations.mean()) < 0.1
+        assert abs((deviations.abs() < 1).float().mean() - 0.683) < 0.05  # as a normal one's
