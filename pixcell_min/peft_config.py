@@ -60,8 +60,6 @@ def check_selected(names, config, source) -> None:
     numbers = [blocks] if isinstance(blocks, int) else blocks
     before = config.get("layers_pattern") or []  # what stands before a block's number
     before = [before] if isinstance(before, str) else before
-    places = [rf"(?:^|.*?\.){end}\.(?P<number>\d+)\." for end in before] or [
-        r".*?\.[^.]*\.(?P<number>\d+)\."]
 
     def matches(ends, name):  # a string is an expression, a list holds names or their ends
         if isinstance(ends, str):
@@ -78,6 +76,8 @@ def check_selected(names, config, source) -> None:
         return found is not None and int(found["number"]) in numbers
 
     try:
+        places = [rf"(?:^|.*?\.){end}\.(?P<number>\d+)\." for end in before] or [
+            r".*?\.[^.]*\.(?P<number>\d+)\."]
         wrong = next((name for name in names if not selected(name)), None)
     except (re.error, TypeError):
         raise ValueError(f"{source}: target_modules, exclude_modules, layers_to_transform or "
