@@ -30,7 +30,7 @@ class Batch:
 def generator_for(seed: int, *key) -> torch.Generator:
     """A CPU generator that depends on (seed, key) alone, e.g. ("train", micro_step)."""
     digest = hashlib.sha256(repr((seed, *key)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
 
 
 def draw_batch(features, rows, schedule, condition_dropout: float, generator) -> Batch:

@@ -42,6 +42,7 @@ TESTS = {  # of each module; test_train.py's whole runs are training's, and the 
     "lora": "lora parity_lora formats parity_formats",
     "adapter": "adapter",
     "schedulers": "schedulers parity_schedulers variational",
+    "batches": "batches",
     "training": "training train variational ema precision",
     "transformer": "transformer parity_transformer original pixcell_1024 precision"}
 BUDGET = 4.0  # CPU seconds of the tests that one mutant is tried with, as traced

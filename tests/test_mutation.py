@@ -131,7 +131,8 @@ def results():
 def test_nine_of_ten_mutants_of_each_core_module_die(results):
     assert results["modules"].keys() == TESTS.keys()
     for name, (killed, count) in table(results).items():
-        assert killed >= REQUIRED * count > 50, name
+        lines = (ROOT / "pixcell_min" / f"{name}.py").read_text().count("\n")
+        assert killed >= REQUIRED * count > 0.4 * lines, name  # none is tried too little
 
 
 def test_the_report_is_that_of_the_results(results):

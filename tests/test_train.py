@@ -611,33 +611,6 @@ def test_the_adapter_trains_in_float32_whatever_autocast_says(tiny_base):
     assert losses.dtype == torch.float32
 
 
-def test_dropout_does_not_repeat_the_noise_of_its_batch():
-    features = type("F", (), {"draw_variants": lambda self, rows, g: rows, "embeddings": torch.zeros(
-        8, 1, 16), "sample_latents": lambda self, rows, g: torch.zeros(len(rows), 16, 8, 8)})()
-    global_draws = []
-    for batch in draw_micro_batches(
-            features, torch.arange(8), NoiseSchedule.linear(), 2, 2, 0.1, None, 0, "cpu", 0, 1, 0):
-        global_draws.append(torch.randn(batch.noise.shape))
-        assert not torch.equal(global_draws[-1], batch.noise)
-    assert len(global_draws) == 2 and not torch.equal(*global_draws)  # reseeded per micro-step
-
-
-def test_each_step_draws_latents_noise_timesteps_and_dropout_anew():
-    features = type("F", (), {
-        "draw_variants": lambda self, rows, g: rows, "embeddings": torch.zeros(8, 1, 16),
-        "sample_latents": lambda self, rows, g: torch.randn(len(rows), 16, 8, 8, generator=g)})()
-
-    def steps(seed, count=4):
-        return [batch for step in range(count) for batch in draw_micro_batches(
-            features, torch.arange(8), NoiseSchedule.linear(), 8, 2, 0.5, None, seed, "cpu", 0, 1, step)]
-    first, again, other = steps(0), steps(0), steps(1)
-    for a, b in zip(first, again, strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(vars(a).values(), vars(b).values()))
-    for name in ("latents", "noise", "timesteps", "dropped"):  # all pairs of steps, another seed too
-        drawn = [getattr(batch, name) for batch in first + other]
-        assert not any(torch.equal(a, b) for i, a in enumerate(drawn) for b in drawn[:i]), name
-
-
 def test_lora_and_adapter_have_rates_of_their_own(tiny_base):
     transformer, adapter, _ = small_problem(tiny_base)
     optimizer = build_optimizer(

@@ -320,20 +320,6 @@ def test_rates_count_optimizer_steps_not_micro_steps(arguments, tmp_path):
 
 # --------------------------------------------------- classes, bands, epochs, stopping early
 
-def test_balanced_draws_take_every_class_equally_often_and_every_tile_of_it():
-    classes = [[0, 1, 2, 3, 4, 5, 6], [7, 8], [9]]
-    draws = torch.cat([batches.balanced_indices(classes, 4, step, 3) for step in range(42)]).tolist()
-    for start in range(0, 168, 3):  # in each turn every class once
-        assert sorted(sum(i in its for its in classes[:1]) + 2 * (i == 9)
-                      for i in draws[start:start + 3]) == [0, 1, 2]
-    large = [i for i in draws if i < 7]
-    for start in range(0, 56, 7):  # each class in permutations of its own
-        assert sorted(large[start:start + 7]) == classes[0]
-    assert large[:7] != large[7:14] and len({tuple(large[i:i + 7]) for i in range(0, 56, 7)}) > 4
-    again = [batches.balanced_indices(classes, 4, 5, seed).tolist() for seed in (3, 4)]
-    assert again[0] == draws[20:24] != again[1]  # any batch alone, from the seed
-
-
 def test_a_balanced_run_evens_out_its_classes_and_needs_two(arguments, tiles, tmp_path, capsys):
     for path in sorted((tiles / "STR").iterdir())[1:]:
         path.unlink()
