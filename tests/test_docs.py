@@ -367,6 +367,12 @@ def benchmark(name):
 PLACES = [("colour W1", 2), ("H angle °", 1), ("E angle °", 1), ("cosine", 3), ("nuclei r", 2)]
 
 
+def ranged(its, digits):
+    """Median (lowest…highest) of the seeds."""
+    low, high = min(its["values"]), max(its["values"])
+    return f"{its['median']:.{digits}f} ({low:.{digits}f}…{high:.{digits}f})"
+
+
 def test_the_readmes_other_tables_are_those_of_their_results():
     wanted = benchmark("compare").table(RESULTS["compare"], "full").splitlines()
     for its in RESULTS["guidance_interval"]["results"].values():
@@ -374,14 +380,14 @@ def test_the_readmes_other_tables_are_those_of_their_results():
             ("colour W1", 2), ("cosine", 3), ("nuclei r", 2)) for arm in ("base", "both")]
         wanted.append(f"| {its['rows']} | {' | '.join(pairs)} |")
     for variant in RESULTS["adaptation_nct_grid"]["variants"].values():
-        both = variant["columns"]["both"]
-        cells = [f"{both[name]['median']:.{n}f}" for name, n in PLACES]
-        wanted.append(f"| {variant['colour, % of base']['median']:.0f} | {' | '.join(cells)} |")
-    procedural = RESULTS["adaptation_procedural"]["variants"]["default"]["columns"]
-    for column in ("base", "both", "colour_only"):
-        cells = [f"{its['median']:.{n}f} ({min(its['values']):.{n}f}…{max(its['values']):.{n}f})"
-                 for name, n in PLACES for its in [procedural[column][name]]]
+        cells = [ranged(variant["colour, % of base"], 0),
+                 *(ranged(variant["columns"]["both"][name], n) for name, n in PLACES)]
         wanted.append(f"| {' | '.join(cells)} |")
+        assert variant["seeds"] == 3
+    for name, columns in (("nct_grid", ["base"]), ("procedural", ["base", "both", "colour_only"])):
+        its = RESULTS[f"adaptation_{name}"]["variants"]["default"]["columns"]
+        wanted += [f"| {' | '.join(ranged(its[column][name], n) for name, n in PLACES)} |"
+                   for column in columns]
     levers = RESULTS["levers"]
     for name in ("one product for q, k, v", "LoRA active, not fused, forward", "compiled, train",
                  "compiled, forward"):
@@ -404,11 +410,15 @@ def test_the_readmes_words_on_adaptation_are_those_of_the_results():
               for name in ("H angle °", "E angle °")]
     guided = RESULTS["adaptation_kather"]["variants"]["default"]["colour, % of base"]["median"]
     away = procedural["true_shift"]
-    grid = {name: its["colour, % of base"]["median"]
-            for name, its in RESULTS["adaptation_nct_grid"]["variants"].items()}
-    ranks = [grid[name] for name in grid if name.startswith("rank") or name == "default"]
-    turned = [RESULTS["adaptation_nct_grid"]["variants"][name]["columns"]["both"]["H angle °"]["median"]
-              for name in ("default", "cross-attention alone", "self-attention alone")]
+    variants = RESULTS["adaptation_nct_grid"]["variants"]
+    left = {name: its["colour, % of base"]["median"] for name, its in variants.items()}
+    ranks = [name for name in left if name.startswith("rank") or name == "default"]
+    spread = [max(its) - min(its) for name in ranks for its in [variants[name]["colour, % of base"]["values"]]]
+    base, across = variants["default"]["columns"]["base"], variants["cross-attention alone"]["columns"]["both"]
+    whole = RESULTS["adaptation_nct_unguided"]["variants"]["default"]["colour, % of base"]["median"]
+    cosines = base["cosine"]["values"]
+    assert all(min(cosines) <= its["columns"]["both"]["cosine"]["median"] <= max(cosines)
+               for its in variants.values())
     everywhere, within = (RESULTS["guidance_interval"]["results"][f"3, {name}"]["both"]
                           for name in ("everywhere", "0.4 to 3"))
     assert_quoted(
@@ -417,13 +427,15 @@ def test_the_readmes_words_on_adaptation_are_those_of_the_results():
         f"Colour left: {percents(procedural['variants']['default']['colour, % of base'])}",
         f"lies {away['colour W1']:.2f} away in colour W1, {away['H angle °']:.1f}° and "
         f"{away['E angle °']:.1f}° in the angles",
-        f"{min(ranks):.0f} to {max(ranks):.0f} % of the colour shift are left",
-        f"with rank 8 ({grid['rank 8, alpha 8']:.0f})", f"with rank 8 ({grid['rank 8, alpha 32']:.0f})",
-        f"as much as both ({grid['LoRA trained alone']:.0f} %)",
-        f"the adapter alone {grid['adapter trained alone']:.0f} %, at six times its rate "
-        f"{grid['adapter trained alone, 3e-3']:.0f} %",
-        f"moves the colour most ({grid['cross-attention alone']:.0f} %)",
-        "({:.1f}° against {:.1f}° and {:.1f}°)".format(*turned),
+        f"lie between {min(left[n] for n in ranks):.0f} and {max(left[n] for n in ranks):.0f} % of the "
+        f"colour shift left, the least at alpha 32 (rank 4: {left['rank 4, alpha 32']:.0f}, rank 8: "
+        f"{left['rank 8, alpha 32']:.0f})", f"up to {max(spread):.0f} points apart",
+        f"150 steps leave {left['default']:.0f} %, all 300 of them {whole:.0f} %",
+        f"as little as both ({left['LoRA trained alone']:.0f} %); the adapter alone "
+        f"{left['adapter trained alone']:.0f} %, at six times its rate {left['adapter trained alone, 3e-3']:.0f} %",
+        f"({left['self-attention alone']:.0f} and {left['cross-attention alone']:.0f} %)",
+        f"({across['H angle °']['median']:.1f}°, the base {base['H angle °']['median']:.1f}°)",
+        f"({across['nuclei r']['median']:.2f} against {base['nuclei r']['median']:.2f})",
         f"({within['colour W1']:.2f} against {everywhere['colour W1']:.2f} everywhere)",
         f"(nuclei {within['nuclei r']:.2f} against {everywhere['nuclei r']:.2f})")
 
