@@ -159,11 +159,11 @@ def write_together(paths: list[Path], write) -> None:
             done = True
         finally:  # interrupted, too
             for path in () if done else moved:
-                if path.exists() and not (new / path.name).exists():
+                if not (new / path.name).exists():  # it is in place already
                     os.replace(path, new / path.name)
-                if (old / path.name).exists():
+                if (old / path.name).exists() and not path.exists():  # else the copy may be cut
                     os.replace(old / path.name, path)
-            shutil.rmtree(temporary)
+            shutil.rmtree(temporary, ignore_errors=done)
     except OSError as error:
         left = f"; what was there is in {old}" if old and old.exists() else ""
         raise ValueError(f"{paths[0]}: cannot be written ({error}){left}; free space or choose "

@@ -37,7 +37,7 @@ def peft_layers(names, config, source) -> dict[str, dict]:
         ranks, alphas = ([(re.compile(rf"(.*\.)?({end})"), value)
                           for end, value in (config.get(key) or {}).items()]
                          for key in ("rank_pattern", "alpha_pattern"))
-    except (re.error, AttributeError):
+    except (re.error, AttributeError, OverflowError):
         raise ValueError(f"{source}: rank_pattern or alpha_pattern is no {{expression: number}}"
                          ) from None
 
@@ -79,7 +79,7 @@ def check_selected(names, config, source) -> None:
         places = [rf"(?:^|.*?\.){end}\.(?P<number>\d+)\." for end in before] or [
             r".*?\.[^.]*\.(?P<number>\d+)\."]
         wrong = next((name for name in names if not selected(name)), None)
-    except (re.error, TypeError):
+    except (re.error, TypeError, OverflowError):
         raise ValueError(f"{source}: target_modules, exclude_modules, layers_to_transform or "
                          "layers_pattern cannot be read as peft's") from None
     if wrong:

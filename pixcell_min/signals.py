@@ -1,6 +1,7 @@
 """Being told to stop: Ctrl-C and SIGTERM end a run after the step under way, not within it.
 
-Before the first step and after the last they end it at once, with what is to be said.
+Before the first validation and after the last step they end it at once; a process that waits for
+another one, when that one goes on.
 """
 
 import signal

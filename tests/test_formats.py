@@ -396,6 +396,21 @@ def test_convert_replaces_only_with_the_flag_and_leaves_nothing_half_written(for
     assert {path for path in tmp_path.rglob("*") if path.is_file()} == before.keys()
 
 
+def test_a_copy_cut_by_a_full_disk_does_not_replace_what_it_was_made_of(own, tmp_path, monkeypatch, capsys):
+    arguments = [str(own), str(tmp_path / "n.safetensors"), "--format", "kohya"]
+    assert convert_main(arguments) == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def cut(source, destination):
+        Path(destination).write_bytes(Path(source).read_bytes()[:10])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(exports.shutil, "copy2", cut)
+    assert convert_main([*arguments, "--overwrite"]) == 2
+    assert "No space" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 def test_convert_replaces_no_folder_but_pefts(own, tmp_path, capsys):
     (tmp_path / "precious").mkdir()
     (tmp_path / "precious" / "thesis.txt").write_text("x")

@@ -186,6 +186,8 @@ def spoilt_peft(folder, change_config=lambda c: None, rename=lambda key: key):
     (lambda c: c.update(rank_pattern={"(": 2}), "rank_pattern"),
     (lambda c: c.update(alpha_pattern=[1]), "alpha_pattern"),
     (lambda c: c.update(layers_to_transform=[0], layers_pattern=5), "cannot be read as peft's"),
+    (lambda c: c.update(exclude_modules="a{99999999999}"), "cannot be read as peft's"),
+    (lambda c: c.update(rank_pattern={"a{99999999999}": 2}), "rank_pattern"),
     (lambda c: c.update(exclude_modules=5), "cannot be read as peft's"),
     (lambda c: c.update(target_modules=5), "cannot be read as peft's"),
     (lambda c: c.update(target_modules="("), "cannot be read as peft's"),
