@@ -131,13 +131,13 @@ def train(config: Config, options, command, processes=Processes()) -> int:
     save = processes.by_first(partial(save_run, run, config, identity, state))
     check = partial(validate, state, partial(processes.from_first, measure), note)
 
-    with StopSignals() as stop, board or nullcontext():
-        try:
+    try:
+        with StopSignals() as stop, board or nullcontext():  # whose end writes, too
             if state.progress.attempt == 0:  # so a resumed run validates again, and as a new one
                 check()
             fit(config, total, state, loss_of, batches_of, note, check, draw, save, stop, processes)
-        except ValueError as error:
-            raise ValueError(f"{error}; {kept(run, error)}") from None
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{error}; {kept(run, error)}") from None
     if stop.received and processes.is_first:
         print(f"train.py: stopped by {signal.Signals(stop.received).name} after step "
               f"{state.progress.step}, saved; go on with: {resume_command(run)}"

@@ -108,6 +108,11 @@ def test_tensorboard_gets_the_numbers_where_it_is_installed(arguments, tmp_path,
     assert train.main([*arguments, "--overwrite"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "tensorboard cannot be written (No space left on device)" in error and "step 0 is kept" in error
+    monkeypatch.setattr(Writer, "add_scalar", lambda *_: None)
+    monkeypatch.setattr(Writer, "__exit__", full)  # it writes what it still holds
+    assert train.main([*arguments, "--overwrite"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "No space left on device" in error and "step 4 is kept" in error
     monkeypatch.setattr(monitor.importlib.util, "find_spec", lambda name: None)
     assert monitor.open_tensorboard(run, 0) is None
 
