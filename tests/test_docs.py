@@ -531,6 +531,16 @@ def test_the_readmes_words_on_cost_are_those_of_the_results():
         f"up again {resume['load_seconds']} s")
 
 
+def test_the_readmes_words_on_the_embedded_base_beside_the_peer_are_those_of_the_results():
+    nano = {name.removeprefix("nano "): its for name, its in RESULTS["compare_nano"].items()}
+    ratio = {name: f"{its['ratio']['median']:.2f}" for name, its in nano.items()}
+    memory = [its["memory_ratio"] for its in nano.values()]
+    assert_quoted(
+        f"takes {ratio['train-4-bf16']} of its time in bf16 and {ratio['train-4-float32']} in float32, a "
+        f"forward {ratio['forward-bf16']} and {ratio['forward-float32']}, 20 steps in bf16 "
+        f"{ratio['sample-dpm-bf16']}, a decode {ratio['decode-bf16']}, at {min(memory):.2f} to {max(memory):.2f}")
+
+
 def test_the_readmes_sizes_follow_from_the_code():
     sizes, shape = TransformerConfig(), (32, 32)
     with torch.device("meta"):
