@@ -189,7 +189,7 @@ class PixCellPipeline:
 
     @property
     def decoding_dtype(self) -> torch.dtype | None:
-        """Autocast dtype of the decoder, None for float32."""
+        """What the products of the loaded decoder are held in, and computed; None: float32."""
         return decoding_dtype(self.dtype)
 
     @torch.no_grad()
@@ -200,8 +200,7 @@ class PixCellPipeline:
         """
         latents = latents.to(self.device, torch.float32)  # as scale and shift are undone in it
         large = max(latents.shape[2:]) > TILED_DECODE_ABOVE
-        with autocast(self.device, self.decoding_dtype):
-            pixels = (self.vae.decode_tiled if large else self.vae.decode)(latents)
+        pixels = (self.vae.decode_tiled if large else self.vae.decode)(latents)
         if not pixels.isfinite().all():
             raise ValueError("the decoded image is not finite: weights or LoRA are broken, "
                              "or float16 overflowed")
