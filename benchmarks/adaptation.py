@@ -52,6 +52,7 @@ MEASURES = {  # heading → where report.json holds it, for the arm
     "nuclei r": ("nuclei", "spearman"),
     "nearer than 5 %": ("memorisation:own", "closer_share"),
 }
+INTERVALS = {"colour, % of base": "colour_percent", "gain in cosine": "gain:own"}  # of each seed
 
 
 def main() -> None:
@@ -62,6 +63,7 @@ def main() -> None:
                         help="comma-separated, + for a comma within a name")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--count", type=int, default=34, help="held-out tiles at most")
+    parser.add_argument("--images", type=int, default=1, help="per held-out tile and arm")
     parser.add_argument("--guidance-scale", type=float, default=1.5, help="of the evaluation")
     parser.add_argument("--arms", default="base,adapter,lora,both")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
@@ -109,7 +111,8 @@ def run(work, name, seed, options) -> None:
         shutil.copytree(shared, folder / images, dirs_exist_ok=True)
     call([sys.executable, "-m", "pixcell_min.tools.evaluate", "--data", str(options.data),
           "--run", str(folder), "--seed", str(seed), "--count", str(options.count),
-          "--guidance-scale", str(options.guidance_scale), "--arms", options.arms], folder, options)
+          "--seeds", str(options.images), "--guidance-scale", str(options.guidance_scale),
+          "--arms", options.arms], folder, options)
     if not shared.exists():  # appears whole: a run beside this one may be copying from it
         partial = shared.with_name(f"{shared.name}.{folder.name}")
         shutil.copytree(folder / images, partial)
@@ -163,6 +166,9 @@ def collect(work, options) -> dict:
             "colour, % of base": summary([
                 report["key"].get("colour_percent", {}).get("values", {}).get("value")
                 for report in reports]),
+            "95 % intervals": {
+                name: [report["key"].get(key, {}).get("intervals", {}).get("value")
+                       for report in reports] for name, key in INTERVALS.items()},
             "file_bytes": last["file_bytes"],
             "training_seconds": summary([seconds(path.parent.parent) for path in paths])}
     return {"name": options.name, "train_flags": options.train,

@@ -45,7 +45,7 @@ def report_of(colour, cosine, steps=20):
     column = {"colour": {"values": {"lab_mean": colour}},
               "fidelity:own": {"values": {"cosine": cosine}}, "nuclei": {"reason": "too few"}}
     return {"results": {"base": column, "both": column}, "key": {"colour_percent": {
-        "values": {"value": 10 * colour}}}, "data": "d", "tiles": {}, "settings": {"steps": steps},
+        "values": {"value": 10 * colour}, "intervals": {"value": [colour, 90]}}}, "data": "d", "tiles": {}, "settings": {"steps": steps},
         "training_settings": {}, "versions": {}, "machine": {}, "date": "", "file_bytes": {},
         "hashes": {"base": "b"}}
 
@@ -63,6 +63,8 @@ def test_results_are_medians_over_the_seeds(tmp_path):
     assert variant["columns"]["both"]["colour W1"] == {"median": 4.0, "values": [3.0, 9.0, 4.0]}
     assert variant["columns"]["both"]["nuclei r"] is None
     assert variant["colour, % of base"]["median"] == 40
+    assert variant["95 % intervals"] == {"colour, % of base": [[3, 90], [9, 90], [4, 90]],
+                                         "gain in cosine": [None] * 3}
     assert variant["training_seconds"]["median"] == 7
     lines = adaptation.table(results).splitlines()
     assert len(lines) == 4
