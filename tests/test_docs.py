@@ -486,9 +486,13 @@ def test_the_readmes_words_on_cost_are_those_of_the_results():
         values = [point[key] for point in grown[what].values()]
         return values[-1] / values[0]
     assert all((its["difference"] or 0) <= 8.05e-6 for name, its in full.items() if name.endswith("float32"))
-    (trained, plain), (step, active) = (
-        [seconds[f"{name}-bf16"] for name in names] for names in (
-            ("train-1-compiled", "train-1"), ("forward-compiled", "forward-unmerged")))
+    plain = seconds["train-1-bf16"]
+
+    def compiled(case, eager, word, side):
+        return f"{seconds[f'{eager}-{word}'][side]} → {seconds[f'{case}-compiled-{word}'][side]} s"
+    (step, step32, their_step, their_step32), (forward, forward32, their_forward, their_forward32) = (
+        [compiled(*names, word, side) for side in (0, 1) for word in ("bf16", "float32")]
+        for names in (("train-1", "train-1"), ("forward", "forward-unmerged")))
     bf16, float32 = RESULTS["levers"]["bf16"], RESULTS["levers"]["float32"]
     rates = [its["matrix products, flop per second"] / 1e12 for its in (bf16, float32)]
     share = "matrix products, share of a training step"
@@ -512,8 +516,8 @@ def test_the_readmes_words_on_cost_are_those_of_the_results():
         f"times the time of rank 1 and {growth('rank', 'mb'):.1f} times the memory",
         f"the cells of 256 px, {growth('latent side', 'cpu_seconds'):.0f} times the time and "
         f"{growth('latent side', 'mb'):.1f} times the memory",
-        f"a training step {plain[0]} → {trained[0]} s and theirs {plain[1]} → {trained[1]} s, a forward "
-        f"with active LoRA {active[0]} → {step[0]} s and theirs {active[1]} → {step[1]} s",
+        f"a training step {step} in bf16 and {step32} in float32, theirs {their_step} and {their_step32}; a "
+        f"forward with active LoRA {forward} and {forward32}, theirs {their_forward} and {their_forward32}",
         f"would save {100 * once['modulation and condition']:.1f} % of a forward, cross-attention's "
         f"output {100 * once['cross-attention']:.1f} %", "activations 11 % smaller",
         f"are {100 * bf16[share]:.0f} % of a training step in bf16 and {100 * float32[share]:.0f} % in float32",
@@ -533,12 +537,16 @@ def test_the_readmes_words_on_cost_are_those_of_the_results():
 
 def test_the_readmes_words_on_the_embedded_base_beside_the_peer_are_those_of_the_results():
     nano = {name.removeprefix("nano "): its for name, its in RESULTS["compare_nano"].items()}
-    ratio = {name: f"{its['ratio']['median']:.2f}" for name, its in nano.items()}
+    assert list(nano) == list(benchmark("compare").cases())
+    pair = {name: " and ".join(f"{nano[f'{name}-{word}']['ratio']['median']:.2f}" for word in ("bf16", "float32"))
+            for name in ("train-4", "sample-dpm", "encode", "decode", "epoch", "forward")}
+    encoder = nano.pop("encoder-float32")["memory_ratio"]
     memory = [its["memory_ratio"] for its in nano.values()]
     assert_quoted(
-        f"takes {ratio['train-4-bf16']} of its time in bf16 and {ratio['train-4-float32']} in float32, a "
-        f"forward {ratio['forward-bf16']} and {ratio['forward-float32']}, 20 steps in bf16 "
-        f"{ratio['sample-dpm-bf16']}, a decode {ratio['decode-bf16']}, at {min(memory):.2f} to {max(memory):.2f}")
+        f"takes {pair['train-4'].replace(' and', ' of its time in bf16 and')} in float32, 20 steps of "
+        f"sampling {pair['sample-dpm']}, an encode {pair['encode']}, a decode {pair['decode']}, an epoch "
+        f"{pair['epoch']}, at {min(memory):.2f} to {max(memory):.2f} of the memory (UNI2-h's stand-in: "
+        f"{encoder:.2f}). A forward is no faster there ({pair['forward']})")
 
 
 def test_the_readmes_sizes_follow_from_the_code():
