@@ -73,7 +73,7 @@ def main(argv=None) -> int:
             raise  # a fault of ours: with its traceback
     except KeyboardInterrupt as stop:
         saved = config and state_files(run := Path(config.out))
-        go_on = f"; {kept(run)}" if saved else " before any save; encoded tiles stay in the cache"
+        go_on = f"; {kept(run)}" if saved else " before any save; the cache keeps encoded tiles"
         print(f"train.py: interrupted{go_on}", file=sys.stderr)
         return 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
     finally:

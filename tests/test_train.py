@@ -245,7 +245,7 @@ def test_sigterm_before_the_first_step_is_said(arguments, tmp_path, monkeypatch,
 
     monkeypatch.setattr(train, "encode_images", terminated)
     assert train.main(arguments) == 143
-    assert "interrupted before any save; encoded tiles stay in the cache" in capsys.readouterr().err
+    assert "interrupted before any save; the cache keeps encoded tiles" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is before
 
 
