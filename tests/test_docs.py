@@ -440,6 +440,24 @@ def test_the_readmes_words_on_adaptation_are_those_of_the_results():
         f"(nuclei {within['nuclei r']:.2f} against {everywhere['nuclei r']:.2f})")
 
 
+def test_the_readmes_intervals_of_the_gain_are_those_of_the_results():
+    def gains(name):  # of each seed: (value, low, high)
+        its = RESULTS[f"adaptation_{name}"]["variants"]["default"]
+        before, after = (its["columns"][arm]["cosine"]["values"] for arm in ("base", "both"))
+        return [(b - a, *interval) for a, b, interval in zip(
+            before, after, its["95 % intervals"]["gain in cosine"], strict=True)]
+    assert all(low < 0 < high for _, low, high in gains("nct_unguided"))
+    assert all(low > 0 for _, low, _ in gains("kather_unguided"))
+    images = RESULTS["adaptation_nct_images"]
+    its, columns = images["variants"]["default"], images["variants"]["default"]["columns"]
+    assert images["tiles"]["images_per_tile"] == 4 and its["seeds"] == 3
+    before, after = (columns[arm]["nuclei r"] for arm in ("base", "both"))
+    assert all(a < b for a, b in zip(before["values"], after["values"], strict=True))
+    said = [f"{value:+.3f} ({low:.3f}…{high:.3f})" for value, low, high in gains("nct_images")]
+    assert_quoted(", ".join(said).replace("-", "−"), f"colour left: {percents(its['colour, % of base'])}",
+                  f"{before['median']:.2f} → {after['median']:.2f} in the median")
+
+
 def gigaflop(call):
     """Of matrix products and convolutions, as torch counts them."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
