@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 
@@ -25,15 +26,24 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from first_run import commit, machine  # noqa: E402
+from pixcell_min import transformer  # noqa: E402
 from pixcell_min.checkpoint import write_text  # noqa: E402
 from pixcell_min.lora import LoRALinear, fold_lora, inject_lora, lora_parameters  # noqa: E402
 from pixcell_min.precision import autocast, hold_products_in  # noqa: E402
+from pixcell_min.training import build_optimizer  # noqa: E402
 from pixcell_min.transformer import (  # noqa: E402
     Attention, PixCellTransformer, TransformerConfig, attend)
+from pixcell_min.vae import AutoencoderKL, VAEConfig  # noqa: E402
 
 CPU, BLOCKS, WIDTH, TOKENS = torch.device("cpu"), 4, 1152, 256
 HALF = {"bf16": torch.bfloat16, "float32": None}
-MATRIX = ("aten::mm", "aten::addmm", "aten::bmm", "aten::_scaled_dot_product")
+KINDS = {  # where time goes: torch's operators by the beginnings of their names
+    "products and attention": ("aten::mm", "aten::addmm", "aten::bmm", "aten::_scaled_dot_product",
+                               "aten::mkldnn_convolution", "aten::_slow_conv2d"),
+    "casts and copies": ("aten::copy_", "aten::cat", "aten::fill_"),
+    "point-wise": ("aten::gelu", "aten::silu", "aten::add", "aten::mul", "aten::_softmax", "aten::sum",
+                   "aten::native_layer_norm", "aten::native_group_norm", "aten::sub", "aten::div"),
+}
 
 
 def build(precision, compiled=False):
@@ -106,11 +116,41 @@ def cast_by_each(self, h, context=None):
     return self.to_out[0](attend(q, k, v).transpose(1, 2).flatten(2))
 
 
+def fused_kernel(q, k, v):
+    """Attention as torch offers it, in bf16 too."""
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def stacked(self, h, context=None):
+    """Attention's forward with one product for q, k, v and one for their three A."""
+    if context is not None:
+        return self.to_out[0](self.to_v(context))
+    layers = self.to_q, self.to_k, self.to_v
+    if not hasattr(self, "whole"):
+        self.whole = [torch.cat([getattr(layer.base, part).detach() for layer in layers])
+                      for part in ("weight", "bias")]
+    h = h.to(self.whole[0].dtype)
+    low = F.linear(h, torch.cat([layer.lora_A for layer in layers])).chunk(3, dim=-1)
+    q, k, v = (
+        (x + layer.scaling * F.linear(r, layer.lora_B)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        for x, r, layer in zip(F.linear(h, *self.whole).chunk(3, dim=-1), low, layers))
+    return self.to_out[0](attend(q, k, v).transpose(1, 2).flatten(2))
+
+
+def packed(self, x):
+    """A frozen layer by oneDNN's own operator, which torch keeps private and cannot differentiate."""
+    if not hasattr(self, "blocked"):
+        self.blocked = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), TOKENS)
+    return torch.ops.mkldnn._linear_pointwise(
+        x.to(self.weight.dtype), self.blocked, self.bias, "none", [], "")
+
+
 @contextmanager
-def replaced(kind, method):
-    kept, kind.forward = kind.forward, method
+def replaced(owner, method, name="forward"):
+    kept = getattr(owner, name)
+    setattr(owner, name, method)
     yield
-    kind.forward = kept
+    setattr(owner, name, kept)
 
 
 def ratio(ours, other, turns) -> dict:
@@ -190,14 +230,82 @@ def matrix_rate(precision, turns=15) -> float:
     return 2 * TOKENS * WIDTH * 4 * WIDTH / statistics.median(times[1:])
 
 
-def matrix_share(work) -> float:
-    """Share of a call's time within matrix products and attention."""
+def shares(work) -> dict:
+    """Where a call's time goes: share of each of KINDS, and of the rest."""
     work()
     with profile(activities=[ProfilerActivity.CPU]) as seen:
         work()
-    events = seen.key_averages()
-    inside = sum(e.self_cpu_time_total for e in events if e.key.startswith(MATRIX))
-    return inside / sum(e.self_cpu_time_total for e in events)
+    times = {e.key: e.self_cpu_time_total for e in seen.key_averages()}
+    kinds = {key: next((kind for kind, names in KINDS.items() if key.startswith(names)), "rest")
+             for key in times}  # the first that fits: aten::add is how aten::addmm begins, too
+    return {kind: sum(time for key, time in times.items() if kinds[key] == kind) / sum(times.values())
+            for kind in (*KINDS, "rest")}
+
+
+def half_residual(precision, turns):
+    """The residual stream in bf16, tables too, as diffusers has it; ours adds up in float32."""
+    ours, other = build(precision).eval(), build(precision).eval().to(HALF[precision])
+    latents, timesteps, tokens = inputs(2)
+
+    @torch.no_grad()
+    def run(model, dtype):
+        with autocast(CPU, HALF[precision]):
+            return (model(latents.to(dtype), timesteps, tokens.to(dtype)).float(),)
+    with torch.no_grad(), autocast(CPU, None):
+        exact = build("float32").eval()(latents, timesteps, tokens)
+    return ratio(lambda: run(ours, torch.float32), lambda: run(other, HALF[precision]), turns) | {
+        "from float32": {name: ((run(model, dtype)[0] - exact).norm() / exact.norm()).item() for
+                         name, model, dtype in (("ours", ours, torch.float32),
+                                                ("other", other, HALF[precision]))}}
+
+
+def at_medium(model, turns):
+    """float32 with products that torch may round to bf16: not exact, so it would be an option."""
+    def medium():
+        torch.set_float32_matmul_precision("medium")
+        result = train(model, "float32")
+        torch.set_float32_matmul_precision("highest")
+        return result
+    return ratio(lambda: train(model, "float32"), medium, turns)
+
+
+def optimizer(turns):
+    """AdamW's step on LoRA of all 28 blocks: ours is fused."""
+    def parameters():
+        g = torch.Generator().manual_seed(3)
+        found = [torch.randn(8, WIDTH, generator=g).requires_grad_() for _ in range(28 * 12)]
+        for parameter in found:
+            parameter.grad = torch.randn(parameter.shape, generator=g)
+        return found
+    ours, other = parameters(), parameters()
+    ways = build_optimizer(ours, [], 1e-4, 1e-4, 0.01), torch.optim.AdamW(other, 1e-4, weight_decay=0.01)
+
+    def step(optimizer, its):
+        optimizer.step()
+        return [torch.cat([p.detach() for p in its])]
+    return ratio(lambda: step(ways[0], ours), lambda: step(ways[1], other), turns)
+
+
+@torch.no_grad()
+def convolutions(precision, turns, note):
+    """The VAE as loaded, channels last, against its plain layout; where its time goes."""
+    dtype, networks = HALF[precision] or torch.float32, []
+    for layout in (torch.channels_last, torch.contiguous_format):
+        torch.manual_seed(0)
+        networks.append(AutoencoderKL(VAEConfig()).to(dtype).to(memory_format=layout))
+    pixels, latents = torch.randn(1, 3, 256, 256).clamp(-1, 1), torch.randn(1, 16, 32, 32)
+
+    def encode(vae):
+        with autocast(CPU, HALF[precision]):
+            return [vae.encode(pixels)[0].float()]
+
+    def decode(vae):
+        with autocast(CPU, HALF[precision]):
+            return [vae.decode(latents).float()]
+    for name, way in (("encode", encode), ("decode", decode)):
+        note(f"plain layout of the VAE, {name}",
+             ratio(lambda: way(networks[0]), lambda: way(networks[1]), turns))
+        note(f"shares of a VAE {name}", shares(lambda: way(networks[0])))
 
 
 def measure(precision, turns, bar) -> dict:
@@ -210,8 +318,8 @@ def measure(precision, turns, bar) -> dict:
         bar.update()
 
     for batch in (1, 4):
-        def step(kind=None, method=None, batch=batch):
-            with replaced(kind, method) if kind else nullcontext():
+        def step(*other, batch=batch):
+            with replaced(*other) if other else nullcontext():
                 return train(model, precision, batch)
 
         note(f"backward of LoRA by hand, batch {batch}",
@@ -222,12 +330,34 @@ def measure(precision, turns, bar) -> dict:
             note(f"each projection casts, batch {batch}", ratio(
                 step, lambda: step(Attention, cast_by_each), turns) | {
                 "saved_mb": {"ours": saved_mb(model, precision, batch), "other": before}})
+            note(f"fused attention kernel, batch {batch}", ratio(
+                step, lambda: step(transformer, fused_kernel, "attend"), turns))
+        note(f"q, k, v and their LoRA stacked, batch {batch}",
+             ratio(step, lambda: step(Attention, stacked), turns))
     note("one product for q, k, v", fused_qkv(precision, turns))
     note("the same in all steps, share", constants(precision, turns))
     active, folded = build(precision).eval(), build(precision).eval()
     fold_lora(folded)
     note("LoRA active, not fused, forward",
          ratio(lambda: forward(folded, precision), lambda: forward(active, precision), turns))
+    plain = build(precision).eval()
+    fold_lora(plain)
+
+    def by_onednn():
+        with replaced(nn.Linear, packed):
+            return forward(plain, precision)
+    note("weights packed, forward", ratio(lambda: forward(folded, precision), by_onednn, turns))
+    if HALF[precision]:
+        note("residual stream in bf16, forward", half_residual(precision, turns))
+    else:
+        note("float32 products at medium precision", at_medium(model, turns))
+    pointwise = torch.compile(transformer.modulate), torch.compile(transformer.GELUProjection.forward)
+
+    def parts_compiled():
+        with (replaced(transformer, pointwise[0], "modulate"),
+              replaced(transformer.GELUProjection, pointwise[1])):
+            return train(model, precision)
+    note("point-wise parts compiled, train", ratio(lambda: train(model, precision), parts_compiled, turns))
     compiled = build(precision, compiled=True)
     began = time.perf_counter()
     train(compiled, precision), forward(compiled, precision)
@@ -239,8 +369,10 @@ def measure(precision, turns, bar) -> dict:
                                     lambda: forward(compiled, precision), turns))
     model.train()
     note("matrix products, flop per second", matrix_rate(precision))
-    note("matrix products, share of a training step", matrix_share(lambda: train(model, precision)))
-    note("matrix products, share of a forward", matrix_share(lambda: forward(model, precision)))
+    note("shares of a training step", shares(lambda: train(model, precision)))
+    note("shares of a forward", shares(lambda: forward(folded, precision)))
+    convolutions(precision, turns, note)
+    note("AdamW not fused", optimizer(turns))
     return result
 
 
@@ -250,7 +382,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    with tqdm(unit="measure", total=24, disable=None) as bar:
+    with tqdm(unit="measure", total=45, disable=None) as bar:
         results = {precision: measure(precision, options.turns, bar) for precision in HALF}
     write_text(options.out, json.dumps(results | {
         "turns": options.turns, "blocks": BLOCKS, "commit": commit(), "machine": machine()}, indent=1) + "\n")
