@@ -3,9 +3,10 @@
     python benchmarks/levers.py --out benchmarks/results/levers.json
 
 Four blocks of PixCell-256 at full width, random weights, LoRA of rank 8 on all attention; one
-thread, but for the matrix rate of two. Both ways of a pair take turns, and a ratio is of the processor's time, which other work on
-the machine disturbs less: other / ours, above 1 where ours is the faster. Ours is what pixcell_min
-does; the others were tried and left out, or are what it did before.
+thread, but for the matrix rate of two. Both ways of a pair take turns, and a ratio is of the
+processor's time, which other work on the machine disturbs less: other / ours, above 1 where ours is
+the faster. Ours is what pixcell_min does; the others were tried and left out, or are what it did
+before.
 """
 
 import argparse
