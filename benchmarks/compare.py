@@ -2,6 +2,7 @@
 
     python benchmarks/compare.py --size full --out benchmarks/results/compare.json
     python benchmarks/compare.py --size nano --cases train-1 sample --repeats 9 --out nano.json
+    python benchmarks/compare.py --size full --device cuda --out gpu.json
 
 Each side of a case lives in a process of its own (`sides.py`), with the same weights, inputs,
 threads and precision; the two take turns, ours, peer, ours, peer…, while the other one waits. The
@@ -9,6 +10,12 @@ first turn warms up and gives the difference of the results; then come --repeats
 ratio is ours / peer of neighbouring turns, so that other work on the machine strikes both.
 Full-size networks have random weights and are written once under --work. What is in the result file
 with the same settings is not measured again. Linux alone tells the peak memory of a process.
+
+On a GPU, which wants a file of its own, there is fp16, too, trained with GradScaler; memory is what
+tensors take on the GPU; and each side is told its optimizer steps per second and its share of the
+rate at which the GPU multiplies large matrices in the case's precision. In fp16 ours computes the
+attention's scores, softmax and sum in float32, theirs in fp16. There is no fp16 row of the VAE:
+ours computes it in float32 then. Float32 convolutions are torch's default, TF32, on both sides.
 """
 
 import argparse
@@ -41,38 +48,49 @@ SIZES = {  # transformer, VAE, encoder: what differs from PixCell-256, SD 3.5's 
               "reg_tokens": 2}),
 }
 TILES = 4  # of an epoch
-BOTH = ("bf16", "no")
+WORDS = {"fp16": "fp16", "bf16": "bf16", "no": "float32"}  # of precisions, in names of cases
 
 
-def cases() -> dict[str, dict]:
-    """{name: case}; `peer` in a case: settings of the peer's side that differ from ours."""
-    found = {}
-    for precision in BOTH:
-        word = {"bf16": "bf16", "no": "float32"}[precision]
-        own = {"precision": precision}
+def cases(device="cpu") -> dict[str, dict]:
+    """{name: case}; `peer` in a case: settings of the peer's side that differ from ours.
+
+    A GPU has fp16, too, and more cases with compiled blocks: there they may pay.
+    """
+    found, gpu = {}, device == "cuda"
+    precisions = [*WORDS] if gpu else ["bf16", "no"]
+    sampling = {"kind": "sample", "scheduler": "dpmpp_2m", "steps": 20}
+    for precision in precisions:
+        word, own = WORDS[precision], {"precision": precision}
         for batch in (1, 4):
             found[f"train-{batch}-{word}"] = {"kind": "train", "batch": batch, **own}
         found[f"forward-{word}"] = {"kind": "forward", "batch": 2, "merged": True, **own}
-        found[f"sample-dpm-{word}"] = {"kind": "sample", "scheduler": "dpmpp_2m", "steps": 20,
-                                       "merged": True, **own}
+        found[f"sample-dpm-{word}"] = {**sampling, "merged": True, **own}
         found[f"sample-ddim-{word}"] = {"kind": "sample", "scheduler": "ddim", "steps": 50,
                                         "merged": True, **own}
-        for kind in ("encode", "decode", *(["encoder"] if precision == "no" else [])):  # ours is float32
+        # Ours encodes tiles in float32 alone, and neither encodes nor decodes latents in fp16.
+        for kind in {"fp16": (), "bf16": ("encode", "decode"),
+                     "no": ("encode", "decode", "encoder")}[precision]:
             found[f"{kind}-{word}"] = {"kind": kind, **own}
         found[f"epoch-{word}"] = {"kind": "epoch", "batch": 2, **own}
         found[f"train-4-checkpointing-{word}"] = {
             "kind": "train", "batch": 4, "checkpointing": True, **own}
-        found[f"train-1-compiled-{word}"] = {"kind": "train", "batch": 1, "compiled": True, **own}
+        for batch in (1, 4) if gpu else (1,):
+            found[f"train-{batch}-compiled-{word}"] = {
+                "kind": "train", "batch": batch, "compiled": True, **own}
+        if gpu:
+            found[f"sample-dpm-compiled-{word}"] = {
+                **sampling, "merged": True, "compiled": True, **own}
         found[f"forward-compiled-{word}"] = {"kind": "forward", "batch": 2, "compiled": True, **own}
         found[f"forward-unmerged-{word}"] = {"kind": "forward", "batch": 2, **own}
     found["load"] = {"kind": "load", "precision": "no"}
-    for batch in (1, 4):
-        found[f"train-{batch}-bf16-autocast"] = {
-            "kind": "train", "batch": batch, "precision": "bf16",
-            "peer": {"precision": "bf16 autocast"}}
+    for precision in precisions[:-1]:
+        for batch in (1, 4):
+            found[f"train-{batch}-{precision}-autocast"] = {
+                "kind": "train", "batch": batch, "precision": precision,
+                "peer": {"precision": f"{precision} autocast"}}
     defaults = {"precision": "auto", "peer": {"precision": "no"}}
     found["defaults-train"] = {"kind": "train", "batch": 4, **defaults}
-    found["defaults-sample"] = {"kind": "sample", "scheduler": "dpmpp_2m", "steps": 20, **defaults}
+    found["defaults-sample"] = {**sampling, **defaults}
     found["defaults-epoch"] = {"kind": "epoch", "batch": 2, **defaults}
     return found
 
@@ -89,7 +107,7 @@ class Side:
         self.memory = self.connection.recv()
 
     def ask(self, order):
-        """The answer to "run" or "output". Raises: EOFError if the process has died."""
+        """The answer to "run", "output" or "work". Raises: EOFError if the process has died."""
         self.connection.send(order)
         return self.connection.recv()
 
@@ -110,6 +128,8 @@ def measure(case: dict, repeats: int, bar) -> dict:
             # Each side of an epoch draws noise of its own.
             difference = None if case["kind"] == "epoch" else largest_difference(*outputs)
         bar.update()
+    gpu = case["device"] == "cuda"
+    work = {name: side.ask("work") for name, side in sides.items()} if gpu else {}
     for side in sides.values():
         side.close()
     first = {name: its[0]["seconds"] for name, its in turns.items()}  # of "load" imports, too
@@ -117,12 +137,27 @@ def measure(case: dict, repeats: int, bar) -> dict:
                        for what in ("seconds", "cpu_seconds"))
     peak = {name: max(turn["peak_mb"] for turn in its) for name, its in turns.items()}
     imported = statistics.mean(side.memory["imported_mb"] for side in sides.values())
-    return {
-        "seconds": {name: statistics.median(its) for name, its in seconds.items()},
-        "first_seconds": first, "ratio": ratios_of(seconds), "cpu_ratio": ratios_of(worked),
-        "peak_mb": peak, "memory_ratio": peak["ours"] / peak["peer"],
-        "memory_ratio_without_torch": (peak["ours"] - imported) / (peak["peer"] - imported),
-        "imported_mb": imported, "difference": difference}
+    medians = {name: statistics.median(its) for name, its in seconds.items()}
+    result = {
+        "seconds": medians, "first_seconds": first, "ratio": ratios_of(seconds),
+        "peak_mb": peak, "memory_ratio": peak["ours"] / peak["peer"], "difference": difference}
+    if gpu:
+        return result | on_a_gpu(case, medians, work)
+    return result | {
+        "cpu_ratio": ratios_of(worked), "imported_mb": imported,
+        "memory_ratio_without_torch": (peak["ours"] - imported) / (peak["peer"] - imported)}
+
+
+def on_a_gpu(case: dict, seconds: dict, work: dict) -> dict:
+    """What a GPU's row tells of each side, from its seconds and `work_of`.
+
+    steps_per_second: of the optimizer, None where a run is no training step; matrix_share: FLOP per
+    second over the device's rate of products, None where a run has none.
+    """
+    steps = {name: 1 / its if case["kind"] == "train" else None for name, its in seconds.items()}
+    share = {name: its["flop"] / seconds[name] / its["matrix_flop_per_second"] or None
+             for name, its in work.items()}
+    return {"steps_per_second": steps, "matrix_share": share, "work": work}
 
 
 def ratios_of(seconds: dict) -> dict:
@@ -134,10 +169,10 @@ def ratios_of(seconds: dict) -> dict:
 def largest_difference(ours: dict, peer: dict) -> float:
     """Largest distance of a result, of all of ours, in parts of the peer's largest value of it.
 
-    Gradients that the peer alone has (LoRA where it cannot act) are not compared.
+    Gradients that the peer alone has (LoRA where it cannot act) are not compared. NaN if one is.
     """
-    return max((ours[name] - peer[name]).abs().max().item() / peer[name].abs().max().item()
-               for name in ours)
+    return torch.stack([(ours[name] - peer[name]).abs().max() / peer[name].abs().max()
+                        for name in ours]).max().item()  # Python's max may pass over NaN
 
 
 def write_networks(folder: Path, size: str) -> None:
@@ -210,12 +245,17 @@ def main(argv=None) -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/compare"), help="for networks, kept")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write and to go on from")
     args = parser.parse_args(argv)
-    found = cases()
+    found = cases(args.device)
     chosen = [name for name in found if name.startswith(tuple(args.cases))]
     if not chosen:
         parser.error(f"no such case; there are {', '.join(found)}")
-    base = prepare(args.work, args.size)
     results = json.loads(args.out.read_text()) if args.out.exists() else {}
+    if others := {its["settings"]["device"] for its in results.values()} - {args.device}:
+        parser.error(f"{args.out}: holds rows measured on {', '.join(others)}, no place for rows of "
+                     f"{args.device}; give another --out")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA GPU here; use --device cpu")
+    base = prepare(args.work, args.size)
     common = {"threads": args.threads, "device": args.device}
     with tqdm(total=len(chosen) * (args.repeats + 1), unit="turn", disable=None) as bar:
         for name in chosen:
@@ -237,21 +277,31 @@ def main(argv=None) -> None:
 
 
 def table(results: dict, size: str) -> str:
-    """Markdown: the cases of a size."""
-    lines = ["| case | peer s | ours s | ratio (min…max) | of CPU time | peer MB | ours MB | memory ratio "
-             "(without torch) | difference |", "|" + "---|" * 9]
-    for key, its in results.items():
-        if key.split(" ")[0] != size:
-            continue
-        seconds, ratio, peak = its["seconds"], its["ratio"], its["peak_mb"]
-        difference = "–" if its["difference"] is None else f"{its['difference']:.1e}"
-        lines.append(
-            f"| {key.split(' ', 1)[1]} | {seconds['peer']:.3g} | {seconds['ours']:.3g} | "
-            f"{ratio['median']:.2f} ({ratio['min']:.2f}…{ratio['max']:.2f}) | "
-            f"{its['cpu_ratio']['median']:.2f} | "
-            f"{peak['peer']:.0f} | {peak['ours']:.0f} | {its['memory_ratio']:.2f} "
-            f"({its['memory_ratio_without_torch']:.2f}) | {difference} |")
-    return "\n".join(lines)
+    """Markdown: the cases of a size, of which there is one at least."""
+    rows = [columns(key.split(" ", 1)[1], its) for key, its in results.items()
+            if key.split(" ")[0] == size]
+    lines = [f"| {' | '.join(rows[0])} |", "|" + "---|" * len(rows[0])]
+    return "\n".join(lines + [f"| {' | '.join(row.values())} |" for row in rows])
+
+
+def columns(name: str, its: dict) -> dict[str, str]:
+    """{column: cell} of a case: a GPU's or a CPU's."""
+    def cell(value, form):
+        return "–" if value is None else format(value, form)
+
+    ratio, peak = its["ratio"], its["peak_mb"]
+    found = {"case": name, **{f"{side} s": f"{its['seconds'][side]:.3g}" for side in ("peer", "ours")},
+             "ratio (min…max)": f"{ratio['median']:.2f} ({ratio['min']:.2f}…{ratio['max']:.2f})"}
+    memory = {f"{side} MB": f"{peak[side]:.0f}" for side in ("peer", "ours")}
+    difference = {"difference": cell(its["difference"], ".1e")}
+    if its["settings"]["device"] == "cuda":
+        for what, key, form in (("steps per s", "steps_per_second", ".3g"),
+                                ("of the matrix rate", "matrix_share", ".0%")):
+            found |= {f"{side} {what}": cell(its[key][side], form) for side in ("peer", "ours")}
+        return found | memory | {"memory ratio": f"{its['memory_ratio']:.2f}"} | difference
+    return found | {"of CPU time": f"{its['cpu_ratio']['median']:.2f}"} | memory | {
+        "memory ratio (without torch)":
+            f"{its['memory_ratio']:.2f} ({its['memory_ratio_without_torch']:.2f})"} | difference
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 `serve` builds one side of one case, then runs it as often as it is told and reports seconds and
 peak memory. Only what a side needs is imported in its process, so that memory is that side's own.
-A case is a dict: kind, precision (no | bf16 | bf16 autocast | fp16), and what its kind reads below.
+A case is a dict: kind, precision (no | bf16 | fp16, autocast of the peer's float32 weights: bf16
+autocast | fp16 autocast), device, and what its kind reads below. Inputs lie on the case's device.
 """
 
 import gc
@@ -15,11 +16,12 @@ import torch
 RANK, ALPHA, RATE, CLIP = 8, 16, 1e-4, 1.0
 GUIDANCE = 1.5
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-HALF = {"bf16": torch.bfloat16, "bf16 autocast": torch.bfloat16, "fp16": torch.float16}
+HALF = {"bf16": torch.bfloat16, "bf16 autocast": torch.bfloat16, "fp16": torch.float16,
+        "fp16 autocast": torch.float16}
 
 
 def serve(connection, side, case) -> None:
-    """The process of one side: build, say what memory was before, obey "run" and "output"."""
+    """The process of one side: build, say what memory was before, obey "run", "output", "work"."""
     torch.set_num_threads(case["threads"])
     imported = memory_mb("VmRSS")
     run = (OURS if side == "ours" else PEER)[case["kind"]](case)
@@ -30,15 +32,52 @@ def serve(connection, side, case) -> None:
         if order == "output":
             connection.send({name: t.detach().float().cpu() for name, t in output.items()})
             continue
+        if order == "work":
+            connection.send(work_of(run, case))
+            continue
         del output
+        wait_for(case["device"])
         forget_peak(case["device"])
         began, worked = time.perf_counter(), time.process_time()
         output = run()
-        if case["device"] == "cuda":
-            torch.cuda.synchronize()
+        wait_for(case["device"])
         connection.send({"seconds": time.perf_counter() - began,
                          "cpu_seconds": time.process_time() - worked,  # without waiting for others
                          "peak_mb": peak_mb(case["device"])})
+
+
+def wait_for(device) -> None:
+    """Until a GPU has done what it was given; the first call starts it."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def work_of(run, case) -> dict:
+    """FLOP of the products, convolutions and attention of a run, and the device's rate of products.
+
+    The rate is in the precision that autocast has in the case. What is computed twice
+    (checkpointing) counts twice; compiled blocks are counted uncompiled.
+    """
+    from pixcell_min.precision import choose_dtype
+    from torch.utils.flop_counter import FlopCounterMode
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+        run()
+    dtype = choose_dtype(case["precision"].removesuffix(" autocast"), torch.device(case["device"]))
+    return {"flop": counter.get_total_flops(),
+            "matrix_flop_per_second": matrix_rate(case["device"], dtype or torch.float32)}
+
+
+def matrix_rate(device, dtype, side=8192, repeats=20) -> float:
+    """FLOP per second of the fastest of `repeats` square products, after three to warm up."""
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    seconds = []
+    for _ in range(repeats + 3):
+        wait_for(device)
+        began = time.perf_counter()
+        a @ b
+        wait_for(device)
+        seconds.append(time.perf_counter() - began)
+    return 2 * side**3 / min(seconds[3:])
 
 
 def memory_mb(field: str) -> float:
@@ -70,14 +109,15 @@ def config_of(case, part="transformer") -> dict:
 
 
 def draw_inputs(case, seed=0) -> dict:
-    """Latents, noise, embeddings and timesteps of a batch."""
+    """Latents, noise, embeddings and timesteps of a batch, on the case's device."""
     config, batch = config_of(case), case.get("batch", 1)
     side = case.get("latent_side", config["sample_size"])
     latents = batch, config["in_channels"], side, side
-    return {"latents": draw(*latents, seed=seed), "noise": draw(*latents, seed=seed + 1),
-            "embeddings": draw(
-                batch, config["caption_num_tokens"], config["caption_channels"], seed=seed + 2),
-            "timesteps": torch.linspace(50, 950, batch).long()}
+    inputs = {"latents": draw(*latents, seed=seed), "noise": draw(*latents, seed=seed + 1),
+              "embeddings": draw(
+                  batch, config["caption_num_tokens"], config["caption_channels"], seed=seed + 2),
+              "timesteps": torch.linspace(50, 950, batch).long()}
+    return {name: t.to(case["device"]) for name, t in inputs.items()}
 
 
 def draw_lora(name: str, shape) -> torch.Tensor:
@@ -176,7 +216,7 @@ def our_sample(case):
     from pixcell_min.schedulers import build_scheduler
     pipeline = our_adapted(case)
     sampler = build_scheduler(case["scheduler"], pipeline.schedule)
-    condition = draw_inputs(case)["embeddings"].to(pipeline.device)
+    condition = draw_inputs(case)["embeddings"]
 
     def run():
         return {"latents": denoise(
@@ -196,20 +236,21 @@ def our_vae(case):
     def run():
         with autocast(device, dtype):
             if case["kind"] == "decode":
-                return {"pixels": vae.decode(latents.to(device))}
-            return {"mean": vae.encode(pixels.to(device))[0]}
+                return {"pixels": vae.decode(latents)}
+            return {"mean": vae.encode(pixels)[0]}
     return run
 
 
 def vae_inputs(case):
     side = config_of(case)["sample_size"]
     latents = draw(case.get("batch", 1), 16, side, side)
-    return latents, draw(case.get("batch", 1), 3, 8 * side, 8 * side, seed=1).clamp(-1, 1)
+    pixels = draw(case.get("batch", 1), 3, 8 * side, 8 * side, seed=1).clamp(-1, 1)
+    return latents.to(case["device"]), pixels.to(case["device"])
 
 
 def tile_of(case):
     size = config_of(case, "uni").get("model_args", {}).get("img_size", 224)
-    return draw(case.get("batch", 1), 3, size, size).sigmoid()
+    return draw(case.get("batch", 1), 3, size, size).sigmoid().to(case["device"])
 
 
 def our_encoder(case):
@@ -226,41 +267,44 @@ def our_load(case):
     def run():  # the first one imports, as the peer's
         from pixcell_min.transformer import PixCellTransformer
         model = PixCellTransformer.from_pretrained(Path(case["base"]) / "transformer")
-        return every_page(model)
+        return every_page(model.to(case["device"]))
     return run
 
 
-def our_features(case, pipeline):
+def our_features(case, pipeline, base_hash):
     """The tiles' features as train.py keeps them: computed at the first call, then read."""
-    from pixcell_min.base import features_hash
     from pixcell_min.data import find_tiles
     from pixcell_min.features import cached_images, encode_images
     tiles = find_tiles(case["tiles"])
     return cached_images(
         case["cache"], tiles,
         lambda images: encode_images(images, pipeline.vae, pipeline.encoder, pipeline.device),
-        base_hash=features_hash(case["base"]), how="resize", dihedral=False, strict=True,
+        base_hash=base_hash, how="resize", dihedral=False, strict=True,
         size=8 * pipeline.transformer.config.sample_size, report=print, device=pipeline.device)
 
 
 def our_first_pass(case):
+    from pixcell_min.base import features_hash
+
     def run():
-        features = our_features(case, our_pipeline(case))
+        features = our_features(case, our_pipeline(case), features_hash(case["base"]))
         return {"embeddings": features.embeddings[torch.arange(len(features.tiles))]}
     return run
 
 
 def our_epoch(case):
+    from pixcell_min.base import features_hash
     from pixcell_min.batches import draw_micro_batches
     from pixcell_min.training import diffusion_loss, optimizer_step
     pipeline, adapter, optimizer, scaler = our_trainable(case)
+    base_hash = features_hash(case["base"])  # of gigabytes, once in a run of train.py, not per epoch
 
     def loss_of(batch):
         return diffusion_loss(
             pipeline.transformer, adapter, pipeline.schedule, batch, pipeline.dtype)
 
     def run():  # the tiles are hashed and the cache is opened in it, too
-        features = our_features(case, pipeline)
+        features = our_features(case, pipeline, base_hash)
         count = len(features.tiles)
         for attempt in range(count // case["batch"]):
             batches = draw_micro_batches(
@@ -339,7 +383,7 @@ def peer_adapted(case):
 def peer_train(case):
     model = peer_adapted(case)
     step = peer_step(case, model)
-    inputs = {name: t.to(case["device"]) for name, t in draw_inputs(case).items()}
+    inputs = draw_inputs(case)
 
     def run():
         loss = step(**inputs)
@@ -359,7 +403,8 @@ def peer_step(case, model):
         inner.enable_gradient_checkpointing()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.01)
-    scaler = torch.amp.GradScaler(case["device"], enabled=case["precision"] == "fp16")
+    scaler = torch.amp.GradScaler(
+        case["device"], enabled=HALF.get(case["precision"]) == torch.float16)
     schedule = DDPMScheduler(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02)
 
     def step(latents, noise, embeddings, timesteps):
@@ -396,7 +441,7 @@ def peer_sample(case):
     dtype, device = next(model.parameters()).dtype, case["device"]
     with safe_open(Path(case["base"]) / "transformer" / WEIGHTS, "pt") as file:
         null = file.get_tensor("caption_projection.uncond_embedding")[None]
-    tokens = torch.cat([null, draw_inputs(case)["embeddings"]]).to(device, dtype)
+    tokens = torch.cat([null.to(device), draw_inputs(case)["embeddings"]]).to(dtype)
     kind = {"ddim": DDIMScheduler, "dpmpp_2m": DPMSolverMultistepScheduler}[case["scheduler"]]
     options = {"ddim": {"clip_sample": False, "timestep_spacing": "leading"},
                "dpmpp_2m": {"timestep_spacing": "linspace"}}[case["scheduler"]]
@@ -404,7 +449,7 @@ def peer_sample(case):
 
     @torch.no_grad()
     def run():
-        schedule.set_timesteps(case["steps"])
+        schedule.set_timesteps(case["steps"], device=device)
         side = config["sample_size"]
         latents = draw(1, config["in_channels"], side, side).to(device)
         for t in schedule.timesteps:
@@ -455,7 +500,7 @@ def peer_encoder_model(case):
 
 def normalised(case, tiles):
     own = config_of(case, "uni").get("pretrained_cfg", {})
-    mean, std = (torch.tensor(own.get(name, default))[:, None, None] for name, default in (
+    mean, std = (tiles.new_tensor(own.get(name, default))[:, None, None] for name, default in (
         ("mean", [0.485, 0.456, 0.406]), ("std", [0.229, 0.224, 0.225])))
     return ((tiles - mean) / std).to(case["device"], HALF.get(case["precision"], torch.float32))
 
