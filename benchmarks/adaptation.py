@@ -52,7 +52,8 @@ MEASURES = {  # heading → where report.json holds it, for the arm
     "nuclei r": ("nuclei", "spearman"),
     "nearer than 5 %": ("memorisation:own", "closer_share"),
 }
-INTERVALS = {"colour, % of base": "colour_percent", "gain in cosine": "gain:own"}  # of each seed
+GAINS = {"colour, % of base": "colour_percent", "gain in cosine": "gain:own",
+         "gain in cosine, centred": "gain_centred:own"}  # of both over base, with 95 % intervals
 
 
 def main() -> None:
@@ -166,9 +167,8 @@ def collect(work, options) -> dict:
             "colour, % of base": summary([
                 report["key"].get("colour_percent", {}).get("values", {}).get("value")
                 for report in reports]),
-            "95 % intervals": {
-                name: [report["key"].get(key, {}).get("intervals", {}).get("value")
-                       for report in reports] for name, key in INTERVALS.items()},
+            "value, low, high": {name: [interval_of(report["key"].get(key, {})) for report in reports]
+                                 for name, key in GAINS.items()},
             "file_bytes": last["file_bytes"],
             "training_seconds": summary([seconds(path.parent.parent) for path in paths])}
     return {"name": options.name, "train_flags": options.train,
@@ -181,6 +181,11 @@ def values_of(report, column) -> dict:
     """heading → value in a column of a report, None where it has none."""
     return {heading: report["results"][column].get(group, {}).get("values", {}).get(key)
             for heading, (group, key) in MEASURES.items()}
+
+
+def interval_of(group) -> list | None:
+    """[value, low, high] of a group of report.json's key numbers; None where it has no value."""
+    return [group["values"]["value"], *group["intervals"]["value"]] if "values" in group else None
 
 
 def seconds(run) -> float | None:

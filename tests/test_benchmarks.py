@@ -63,8 +63,9 @@ def test_results_are_medians_over_the_seeds(tmp_path):
     assert variant["columns"]["both"]["colour W1"] == {"median": 4.0, "values": [3.0, 9.0, 4.0]}
     assert variant["columns"]["both"]["nuclei r"] is None
     assert variant["colour, % of base"]["median"] == 40
-    assert variant["95 % intervals"] == {"colour, % of base": [[3, 90], [9, 90], [4, 90]],
-                                         "gain in cosine": [None] * 3}
+    assert variant["value, low, high"] == {
+        "colour, % of base": [[30, 3, 90], [90, 9, 90], [40, 4, 90]],
+        "gain in cosine": [None] * 3, "gain in cosine, centred": [None] * 3}
     assert variant["training_seconds"]["median"] == 7
     lines = adaptation.table(results).splitlines()
     assert len(lines) == 4

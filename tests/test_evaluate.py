@@ -24,6 +24,7 @@ from pixcell_min.images import read_settings
 from pixcell_min.lora import inject_lora, lora_parameters, save_lora
 from pixcell_min.tools import comparison, evaluate, metrics, report
 
+DISTANCES = ("frechet", "kernel", "overlap")
 FAST = ["--steps", "2", "--mixed-precision", "no", "--device", "cpu"]
 
 
@@ -137,7 +138,10 @@ def test_every_number_has_its_n_and_every_column_its_groups(made):
     results, notes = made[2]["results"], made[2]["notes"]
     assert list(results) == [*evaluate.ARMS, "real_real", "vae", "colour_only", "copies"]
     for column, n in [("both", 8), ("base", 8), ("colour_only", 8), ("vae", 4), ("real_real", 2)]:
-        assert {group["n"] for group in results[column].values()} == {n}
+        assert {group["n"] for name, group in results[column].items()
+                if not name.startswith(DISTANCES)} == {n}
+        assert {group["n"] for name, group in results[column].items()
+                if name.startswith(DISTANCES)} <= {min(n, 4)}  # the first image of each tile
     both = results["both"]
     assert {"colour", "frechet:own", "kernel:own", "overlap:own", "fidelity:own",
             "centred:own", "memorisation:own", "nuclei"} == both.keys()
@@ -154,6 +158,43 @@ def test_every_number_has_its_n_and_every_column_its_groups(made):
     gain = (both["fidelity:own"]["values"]["cosine"]
             - results["base"]["fidelity:own"]["values"]["cosine"])
     assert key["gain:own"]["values"]["value"] == pytest.approx(gain)
+
+
+def noise_images(count, seed):
+    return [*np.random.default_rng(seed).integers(0, 255, (count, 16, 16, 3), dtype=np.uint8)]
+
+
+def test_distances_of_features_compare_equal_numbers():
+    generator, count = np.random.default_rng(0), 12
+    real, drawn = generator.normal(size=(count, 3)), generator.normal(size=(2 * count, 3))
+    results = comparison.compare(noise_images(count, 1), noise_images(2 * count, 2),
+                                 {"own": real}, {"own": drawn}, intervals=False)
+    first = drawn[[2 * i for i in range(count)]]
+    assert results["frechet:own"]["values"]["frechet_distance"] == pytest.approx(
+        metrics.frechet_distance(real, first))
+    assert results["kernel:own"]["values"]["kernel_distance"] == pytest.approx(
+        metrics.kernel_distance(real, first))
+    assert results["overlap:own"]["values"] == pytest.approx(
+        metrics.precision_recall_density_coverage(real, first))
+    assert results["colour"]["n"] == 2 * count and results["overlap:own"]["n"] == count
+
+
+def test_pairs_of_several_images_a_tile_are_that_tiles():
+    generator, count = np.random.default_rng(0), 24
+    conditions, training = generator.normal(size=(2, count, 8))
+    drawn = np.repeat(conditions, 2, 0) + 0.1 * generator.normal(size=(2 * count, 8))
+    drawn[:2] = training[0]  # both images of the first tile are copies
+    results = comparison.compare_pairs(
+        noise_images(count, 1), noise_images(2 * count, 2), {"own": conditions}, {"own": drawn},
+        {"own": [*training]})
+    fidelity, screen = results["fidelity:own"], results["memorisation:own"]
+    assert fidelity["values"]["cosine"] > 0.9 and abs(fidelity["values"]["shuffled"]) < 0.15
+    assert fidelity["values"]["margin"] == pytest.approx(
+        fidelity["values"]["cosine"] - fidelity["values"]["shuffled"])
+    assert fidelity["intervals"]["cosine"][0] > 0.7  # resampled tiles keep their own images
+    assert screen["values"] == metrics.memorisation_screen(drawn, conditions, training)
+    assert screen["values"]["closer_share"] >= 2 / (2 * count)
+    assert screen["n"] == fidelity["n"] == 2 * count
 
 
 def test_report_is_one_readable_file_without_scripts_or_links(made):

@@ -78,41 +78,47 @@ def attempt(results, group, n, values, intervals=None) -> None:
         entry["reason"] = str(error)
 
 
+def no_less_than_0(low, high):
+    """An interval of what cannot be negative."""
+    return np.maximum(low, 0), high
+
+
 def compare(real, other, features, other_features, intervals=True) -> dict:
-    """Two sets of images by colour and features; `other` has a multiple of `real`'s number."""
+    """Two sets of images by colour and features; `other` has a multiple of `real`'s number.
+
+    Distances of features grow with the inequality of numbers: there the first image of each tile.
+    """
     results, n, count = {}, len(other), len(real)
-    rows = rows_of(n // max(count, 1))
+    per_tile = n // max(count, 1)
+    rows = rows_of(per_tile)
     thin, other_thin = (metrics.thin(images, INTERVAL_PIXELS) for images in (real, other))
 
     def colour(tiles):
         return np.array(list(metrics.colour_shift(
             [thin[i] for i in tiles], [other_thin[i] for i in rows(tiles)]).values()))
 
-    def no_less_than_0(low, high):  # distances
-        return np.maximum(low, 0), high
-
     attempt(results, "colour", n, lambda: metrics.colour_shift(real, other),
             (lambda: no_less_than_0(*metrics.jackknife(colour, count))) if intervals else None)
     for name, a in features.items():
-        b = other_features[name]
+        b = other_features[name][::max(per_tile, 1)]
 
         def kernel(tiles):
-            return np.array([metrics.kernel_distance(a[tiles], b[rows(tiles)])])
+            return np.array([metrics.kernel_distance(a[tiles], b[tiles])])
 
         def frechet(tiles):
-            return np.array([metrics.frechet_distance(a[tiles], b[rows(tiles)])])
+            return np.array([metrics.frechet_distance(a[tiles], b[tiles])])
 
         def overlap(tiles):
             return np.array(list(metrics.precision_recall_density_coverage(
-                a[tiles], b[rows(tiles)]).values()))
+                a[tiles], b[tiles]).values()))
 
-        attempt(results, f"frechet:{name}", n,
+        attempt(results, f"frechet:{name}", len(b),
                 lambda: {"frechet_distance": metrics.frechet_distance(a, b)},
                 (lambda: no_less_than_0(*metrics.jackknife(frechet, count))) if intervals else None)
-        attempt(results, f"kernel:{name}", n,
+        attempt(results, f"kernel:{name}", len(b),
                 lambda: {"kernel_distance": metrics.kernel_distance(a, b)},
                 (lambda: metrics.bootstrap(kernel, count, distinct=True)) if intervals else None)
-        attempt(results, f"overlap:{name}", n,
+        attempt(results, f"overlap:{name}", len(b),
                 lambda: metrics.precision_recall_density_coverage(a, b),
                 (lambda: no_less_than_0(*metrics.jackknife(overlap, count))) if intervals else None)
     return results
@@ -269,7 +275,7 @@ def key_numbers(images, features, count) -> dict:
         return np.array([100 * both / base])
 
     attempt(key, "colour_percent", n, lambda: {"value": percent(range(count), images)[0]},
-            lambda: metrics.jackknife(percent, count))
+            lambda: no_less_than_0(*metrics.jackknife(percent, count)))
     for name, conditions in features["real"].items():
         for group, prepare in (("gain", lambda *its: its), ("gain_centred", centred)):
             gains = cache(lambda: np.subtract(*(  # used within this round of the loop only
