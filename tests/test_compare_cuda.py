@@ -43,12 +43,13 @@ def case_of(base, **settings):
 
 
 def apply(module, function, recurse=True):
-    """nn.Module._apply with new parameters: torch's own puts fake ones into the real one's place."""
+    """nn.Module._apply with new parameters: torch's own fails to swap fake ones for the real."""
     for child in module.children() if recurse else ():
         child._apply(function)
     for name, tensor in module._parameters.items():
         if tensor is not None:
-            module._parameters[name] = torch.nn.Parameter(function(tensor.detach()), tensor.requires_grad)
+            module._parameters[name] = torch.nn.Parameter(
+                function(tensor.detach()), tensor.requires_grad)
     for name, tensor in module._buffers.items():
         if tensor is not None:
             module._buffers[name] = function(tensor)
