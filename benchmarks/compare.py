@@ -289,8 +289,8 @@ def columns(name: str, its: dict) -> dict[str, str]:
     def cell(value, form):
         return "–" if value is None else format(value, form)
 
-    ratio, peak = its["ratio"], its["peak_mb"]
-    found = {"case": name, **{f"{side} s": f"{its['seconds'][side]:.3g}" for side in ("peer", "ours")},
+    seconds, ratio, peak = its["seconds"], its["ratio"], its["peak_mb"]
+    found = {"case": name, "peer s": f"{seconds['peer']:.3g}", "ours s": f"{seconds['ours']:.3g}",
              "ratio (min…max)": f"{ratio['median']:.2f} ({ratio['min']:.2f}…{ratio['max']:.2f})"}
     memory = {f"{side} MB": f"{peak[side]:.0f}" for side in ("peer", "ours")}
     difference = {"difference": cell(its["difference"], ".1e")}

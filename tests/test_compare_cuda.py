@@ -43,12 +43,13 @@ def case_of(base, **settings):
 
 
 def apply(module, function, recurse=True):
-    """nn.Module._apply with new parameters: torch's own puts fake ones into the real one's place."""
+    """nn.Module._apply with new parameters: torch's own fails to swap fake ones for the real."""
     for child in module.children() if recurse else ():
         child._apply(function)
     for name, tensor in module._parameters.items():
         if tensor is not None:
-            module._parameters[name] = torch.nn.Parameter(function(tensor.detach()), tensor.requires_grad)
+            module._parameters[name] = torch.nn.Parameter(
+                function(tensor.detach()), tensor.requires_grad)
     for name, tensor in module._buffers.items():
         if tensor is not None:
             module._buffers[name] = function(tensor)
@@ -128,9 +129,15 @@ def test_a_side_computes_on_the_gpu_alone(base, gpu, side, settings):
         assert {tensor.dtype for tensor in output.values()} == {torch.float32}
 
 
+def test_inputs_lie_on_the_device_before_a_turn_begins(base):
+    case = case_of(base, device="meta", batch=2)
+    inputs = [*sides.draw_inputs(case).values(), *sides.vae_inputs(case), sides.tile_of(case)]
+    assert {tensor.device.type for tensor in inputs} == {"meta"}
+
+
 def test_the_fake_gpu_refuses_what_a_real_one_would(gpu):
     on_gpu, on_cpu = torch.ones(2, 2, device="cuda"), torch.ones(2, 2)
-    with pytest.raises(RuntimeError, match="same device|different devices|device"):
+    with pytest.raises(RuntimeError, match="device"):
         on_gpu @ on_cpu
 
 
@@ -253,9 +260,10 @@ def test_an_overflow_is_not_hidden_by_what_is_finite():
 def test_work_is_all_products_of_a_run_once_more_where_they_are_computed_again(base, monkeypatch):
     monkeypatch.setattr(sides, "matrix_rate", lambda device, dtype: (device, dtype))
 
-    def compiler(graph, inputs):
-        raise AssertionError("compiled products cannot be counted")
+    def compiler(graph, inputs):  # what counts products does not see those of a compiled program
+        return lambda *its: (torch.zeros(2, 5),)
     product = torch.compile(lambda a, b: a @ b, backend=compiler)
+    assert not product(torch.ones(2, 3), torch.ones(3, 5)).any()
     work = sides.work_of(lambda: product(torch.ones(2, 3), torch.ones(3, 5)),
                          {"device": "cpu", "precision": "bf16 autocast"})
     assert work == {"flop": 2 * 2 * 3 * 5, "matrix_flop_per_second": ("cpu", torch.bfloat16)}
@@ -270,8 +278,8 @@ def test_work_is_all_products_of_a_run_once_more_where_they_are_computed_again(b
     assert 0 < ours < peer and ours < ours_again and peer < peer_again
 
 
-def test_the_matrix_rate_is_that_of_the_fastest_product(monkeypatch):
-    clock = iter([0, 9, 0, 9, 0, 9, 0, 4, 0, 2, 0, 8])
+def test_the_matrix_rate_is_that_of_the_fastest_product_after_a_warm_up(monkeypatch):
+    clock = iter([0, 1, 0, 9, 0, 1, 0, 4, 0, 2, 0, 8])
     monkeypatch.setattr(sides.time, "perf_counter", clock.__next__)
     assert sides.matrix_rate("cpu", torch.float32, side=8, repeats=3) == 2 * 8**3 / 2
 
