@@ -59,7 +59,7 @@ def test_a_turned_and_restained_tile_is_nearest_to_its_original(nano):
         first, second = (F.normalize(nano.encoder(images)[:, 0], dim=1)
                          for images in (tiles, [tensor_to_image(2 * view - 1) for view in views]))
     nearest = (second @ first.T).argmax(1)
-    assert (nearest == torch.arange(24)).float().mean() > 0.5  # by chance 0.04
+    assert (nearest == torch.arange(24)).float().mean() > 0.9  # by chance 0.04
 
 
 def test_the_denoiser_uses_its_condition(nano):
