@@ -38,9 +38,9 @@ def choose_device(name: str) -> torch.device:
 def prefer_onednn() -> None:
     """Have oneDNN make this process's float32 products on a CPU, where it is as exact as MKL.
 
-    On AMD's it takes about three quarters of MKL's time. torch asks it once products may round to
-    bf16 inside ("medium"). CPUs without a unit for that do not round; one that does is told by a
-    product, and keeps MKL. So does a machine with a GPU, which the setting would let round, too.
+    On AMD's it is the faster one. torch asks it once products may round to bf16 inside ("medium").
+    CPUs without a unit for that do not round; one that does is told by a product, and keeps MKL. So
+    does a machine with a GPU, which the setting would let round, too.
     """
     if torch.cuda.is_available() or torch.get_float32_matmul_precision() != "highest":
         return
