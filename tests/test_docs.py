@@ -354,6 +354,7 @@ def test_the_readmes_figures_in_words_are_those_of_the_results():
             f"float16's within {100 * fp16['largest']:.3f} % with no step skipped",
             f"{first['wall_seconds_of_train_py']:.0f} s in all",
             f"{first['tiles']} tiles and the grid",
+            f"takes {RESULTS['first_run_nct']['wall_seconds_of_train_py']:.0f} s for it",
             f"{first['seconds_per_optimizer_step']:.2f} s per optimizer step",
             f"loss {losses[0]:.4f} → {losses[-1]:.4f}",
             f"{trainable} of {total} parameters ({share} %)",
@@ -631,8 +632,8 @@ def test_the_readmes_words_on_cost_are_those_of_the_results():
         f"(ratios {min(equal):.2f} to {max(equal):.2f} at equal precision) but loading's "
         f"({full['load']['ratio']['median']:.2f}); UNI2-h's ({full['encoder-float32']['ratio']['median']:.2f}) "
         "timm computes on both sides",
-        f"VAE's 273 and 622 GFLOP alone need {0.273 / rates[0]:.2f} s and {0.622 / rates[0]:.2f} s here, a "
-        f"guided pair's {PAIR} GFLOP {PAIR / 1e3 / rates[0]:.2f} s",
+        f"VAE's 273 and 622 GFLOP alone need {0.273 / rates[0]:.2f} s and {0.622 / rates[0]:.2f} s here "
+        f"(`train.py` encodes in float32), a guided pair's {PAIR} GFLOP {PAIR / 1e3 / rates[0]:.2f} s",
         f"Training takes {min(training):.1f} to {max(training):.1f} of the memory, sampling "
         f"{min(sampling):.2f} to {max(sampling):.2f}, the VAE {min(vae):.2f} to {max(vae):.2f}",
         f"imported for it beside torch, in {first['ours']:.2f} s, theirs in {first['peer']:.2f} s",
