@@ -3,10 +3,9 @@
     python benchmarks/levers.py --out benchmarks/results/levers.json
 
 Four blocks of PixCell-256 at full width, random weights, LoRA of rank 8 on all attention; one
-thread, but for the matrix rate of two. Both ways of a pair take turns, and a ratio is of the
-processor's time, which other work on the machine disturbs less: other / ours, above 1 where ours is
-the faster. Ours is what pixcell_min does; the others were tried and left out, or are what it did
-before.
+thread. Both ways of a pair take turns, and a ratio is of the processor's time, which other work on
+the machine disturbs less: other / ours, above 1 where ours is the faster. Ours is what pixcell_min
+does; the others were tried and left out, or are what it did before.
 """
 
 import argparse
@@ -30,7 +29,7 @@ from first_run import commit, machine  # noqa: E402
 from pixcell_min import transformer  # noqa: E402
 from pixcell_min.checkpoint import write_text  # noqa: E402
 from pixcell_min.lora import LoRALinear, fold_lora, inject_lora, lora_parameters  # noqa: E402
-from pixcell_min.precision import autocast, hold_products_in, prefer_onednn  # noqa: E402
+from pixcell_min.precision import autocast, hold_products_in  # noqa: E402
 from pixcell_min.training import build_optimizer  # noqa: E402
 from pixcell_min.transformer import (  # noqa: E402
     Attention, PixCellTransformer, TransformerConfig, attend)
@@ -220,17 +219,15 @@ def constants(precision, turns):
     return {"modulation and condition": once / full, "cross-attention": cross * 28 / layers / full}
 
 
-def matrix_rate(precision, threads, turns=40) -> float:
-    """FLOP per second of this network's products, by themselves: of the fastest turn."""
+def matrix_rate(precision, turns=15) -> float:
+    """FLOP per second of this network's products, by themselves."""
     dtype, times = HALF[precision] or torch.float32, []
     x, weight = torch.randn(TOKENS, WIDTH).to(dtype), torch.randn(4 * WIDTH, WIDTH).to(dtype)
-    torch.set_num_threads(threads)
     for _ in range(turns):
-        began = time.perf_counter()
+        began = time.process_time()
         F.linear(x, weight)
-        times.append(time.perf_counter() - began)
-    torch.set_num_threads(1)
-    return 2 * TOKENS * WIDTH * 4 * WIDTH / min(times)
+        times.append(time.process_time() - began)
+    return 2 * TOKENS * WIDTH * 4 * WIDTH / statistics.median(times[1:])
 
 
 def shares(work) -> dict:
@@ -262,14 +259,14 @@ def half_residual(precision, turns):
                                                 ("other", other, HALF[precision]))}}
 
 
-def by_mkl(work, turns):
-    """float32 products as torch makes them unasked; ours has them made by oneDNN."""
-    def other():
-        torch.set_float32_matmul_precision("highest")
-        result = work()
+def at_medium(model, turns):
+    """float32 with products that torch may round to bf16: not exact, so it would be an option."""
+    def medium():
         torch.set_float32_matmul_precision("medium")
+        result = train(model, "float32")
+        torch.set_float32_matmul_precision("highest")
         return result
-    return ratio(work, other, turns)
+    return ratio(lambda: train(model, "float32"), medium, turns)
 
 
 def optimizer(turns):
@@ -353,8 +350,7 @@ def measure(precision, turns, bar) -> dict:
     if HALF[precision]:
         note("residual stream in bf16, forward", half_residual(precision, turns))
     else:
-        note("float32 products by MKL, train", by_mkl(lambda: train(model, precision), turns))
-        note("float32 products by MKL, forward", by_mkl(lambda: forward(folded, precision), turns))
+        note("float32 products at medium precision", at_medium(model, turns))
     pointwise = torch.compile(transformer.modulate), torch.compile(transformer.GELUProjection.forward)
 
     def parts_compiled():
@@ -372,8 +368,7 @@ def measure(precision, turns, bar) -> dict:
     note("compiled, forward", ratio(lambda: forward(model, precision),
                                     lambda: forward(compiled, precision), turns))
     model.train()
-    for threads in (1, 2):
-        note(f"matrix products, flop per second, {threads} threads", matrix_rate(precision, threads))
+    note("matrix products, flop per second", matrix_rate(precision))
     note("shares of a training step", shares(lambda: train(model, precision)))
     note("shares of a forward", shares(lambda: forward(folded, precision)))
     convolutions(precision, turns, note)
@@ -387,7 +382,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    prefer_onednn()
     with tqdm(unit="measure", total=45, disable=None) as bar:
         results = {precision: measure(precision, options.turns, bar) for precision in HALF}
     write_text(options.out, json.dumps(results | {

@@ -5,7 +5,6 @@ and bfloat16's the decoding of samples. The frozen base may hold what autocast w
 """
 
 import os
-from functools import cache
 
 import torch
 from torch import nn
@@ -14,10 +13,7 @@ DTYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def choose_device(name: str) -> torch.device:
-    """"auto": CUDA where there is one, else the CPU, whose float32 products go by `prefer_onednn`.
-
-    Raises: ValueError if there is no such device.
-    """
+    """"auto": CUDA where there is one, else the CPU. Raises: ValueError if no such device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     message = f"device {name!r} is not available here; expected auto or cpu"
@@ -29,25 +25,7 @@ def choose_device(name: str) -> torch.device:
              "mps": torch.backends.mps.is_available}.get(device.type, lambda: True)
     if not there() or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
         raise ValueError(message)
-    if device.type == "cpu":
-        prefer_onednn()
     return device
-
-
-@cache
-def prefer_onednn() -> None:
-    """Have oneDNN make this process's float32 products on a CPU, where it is as exact as MKL.
-
-    On AMD's it is the faster one. torch asks it once products may round to bf16 inside ("medium").
-    CPUs without a unit for that do not round; one that does is told by a product, and keeps MKL. So
-    does a machine with a GPU, which the setting would let round, too.
-    """
-    if torch.cuda.is_available() or torch.get_float32_matmul_precision() != "highest":
-        return
-    torch.set_float32_matmul_precision("medium")
-    x = torch.rand(256, 256, generator=torch.Generator().manual_seed(0))
-    if not torch.allclose((x @ x).double(), x.double() @ x.double(), rtol=1e-5):  # bf16: 1e-3 off
-        torch.set_float32_matmul_precision("highest")
 
 
 def choose_dtype(mixed_precision: str, device: torch.device) -> torch.dtype | None:

@@ -6,7 +6,7 @@ import torch
 from pixcell_min.adapter import EmbeddingAdapter
 from pixcell_min.lora import inject_lora, lora_layers, lora_parameters
 from pixcell_min.precision import (
-    DTYPES, autocast, choose_device, choose_dtype, hold_products_in, prefer_onednn, refusal,
+    DTYPES, autocast, choose_device, choose_dtype, hold_products_in, refusal,
 )
 from pixcell_min.schedulers import NoiseSchedule
 from pixcell_min.training import Batch, diffusion_loss
@@ -133,42 +133,3 @@ def test_what_is_held_and_what_keeps_its_precision(tiny_base):
     for name, tensor in network.state_dict().items():
         assert torch.equal(tensor, before[name] if name in wide else before[name].bfloat16())
     assert not any(p.requires_grad for p in network.parameters())
-
-
-@pytest.fixture
-def products():
-    """prefer_onednn, uncached, and the process's setting as it was afterwards."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield prefer_onednn.__wrapped__
-    torch.set_float32_matmul_precision(before)
-
-
-@pytest.mark.parametrize("rows, width, hidden", [(1, 64, 64), (256, 1152, 4608), (512, 1152, 8)])
-def test_float32_products_stay_float32s_whoever_makes_them(products, rows, width, hidden):
-    products()
-    x, weight = torch.randn(rows, width), torch.randn(hidden, width)
-    exact = x.double() @ weight.double().T
-    assert ((x @ weight.T) - exact).abs().max() < 3e-6 * exact.abs().max()  # bf16: above 1e-3
-
-
-@pytest.mark.parametrize("inside, kept", [(torch.bfloat16, "highest"), (torch.float64, "medium")])
-def test_a_cpu_that_rounds_keeps_mkl(inside, kept, products, monkeypatch, no_cuda):
-    real = torch.Tensor.__matmul__
-
-    def product(x, y):
-        rounded = x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "medium"
-        return real(x.to(inside), y.to(inside)).to(x.dtype) if rounded else real(x, y)
-    monkeypatch.setattr(torch.Tensor, "__matmul__", product)
-    products()
-    assert torch.get_float32_matmul_precision() == kept
-
-
-def test_what_would_touch_a_gpu_or_another_choice_is_left(products, monkeypatch):
-    torch.set_float32_matmul_precision("high")
-    products()
-    assert torch.get_float32_matmul_precision() == "high"
-    torch.set_float32_matmul_precision("highest")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    products()
-    assert torch.get_float32_matmul_precision() == "highest"
