@@ -423,6 +423,14 @@ def test_the_readmes_other_tables_are_those_of_their_results():
                  *(ranged(variant["columns"]["both"][name], n) for name, n in PLACES)]
         wanted.append(f"| {' | '.join(cells)} |")
         assert variant["seeds"] == 3
+    kather = RESULTS["adaptation_kather_grid"]["variants"]
+    columns = kather["default"]["columns"]
+    for label, colour, its in (
+            ("base", "–", columns["base"]), ("real–real floor", "–", columns["real_real"]),
+            *((GRID_LABELS.get(name, name), f"{its['colour, % of base']['median']:.0f}", its["columns"]["both"])
+              for name, its in kather.items())):
+        cells = [f"{its[name]['median']:.{n}f}" if its.get(name) else "–" for name, n in PLACES]
+        wanted.append(f"| {' | '.join([label, colour, *cells])} |")
     for name, labels in (("nct_grid", ["base | –"]),
                          ("procedural", ["base", "**adapter + LoRA**", "base, recoloured"])):
         its = RESULTS[f"adaptation_{name}"]["variants"]["default"]["columns"]
@@ -509,6 +517,33 @@ def test_the_readmes_intervals_of_the_gain_are_those_of_the_results():
         f"colour left: {percents(its['colour, % of base'])}",
         f"{before['median']:.2f} → {after['median']:.2f} in the median",
         f"the 95 % intervals are {ranges[0]}, from four images a tile {ranges[1]}, so one seed's")
+
+
+def test_what_the_readme_says_of_kathers_grid_is_so():
+    variants = RESULTS["adaptation_kather_grid"]["variants"]
+    assert {its["seeds"] for its in variants.values()} == {1} and variants.keys() == benchmark(
+        "adaptation").VARIANTS.keys()
+    left = {name: its["colour, % of base"]["median"] for name, its in variants.items()}
+    ranks = [its for name, its in left.items() if name.startswith("rank") or name == "default"]
+    gain = {name: its["value, low, high"]["gain in cosine"][0] for name, its in variants.items()}
+    nuclei = {name: its["columns"]["both"]["nuclei r"]["median"] for name, its in variants.items()}
+    without = ["adapter trained alone", "adapter trained alone, 3e-3", "cross-attention alone"]
+    inside = [its for name, its in gain.items() if name not in without]
+    assert all(low > 0 for _, low, _ in inside)
+    assert all(gain[name][1] < 0 < gain[name][2] for name in without)
+    assert all(low < 0 < high for its in variants.values()
+               for _, low, high in its["value, low, high"]["gain in cosine, centred"])
+    lora = [its for name, its in nuclei.items() if not name.startswith("adapter")]
+    alone, faster, across = (f"{gain[name][0]:.2f}" for name in without)
+    assert {f"{nuclei[name]:.2f}" for name in without[:2]} == {"0.58"}
+    unguided = RESULTS["adaptation_kather_unguided"]["variants"]["default"]["colour, % of base"]["values"]
+    assert unguided[0] == max(unguided)
+    assert_quoted(
+        f"as little: {min(ranks):.0f} to {max(ranks):.0f} % of the colour shift left",
+        f"rises by {min(inside)[0]:.2f} to {max(inside)[0]:.2f}, each 95 % interval above 0; by the adapter "
+        f"alone it rises by {alone} (at 3e-3 by {faster}), by LoRA on cross-attention alone by {across}",
+        f"Nuclei: {min(lora):.2f} to {max(lora):.2f} with LoRA, 0.58 with the adapter alone, "
+        f"{variants['default']['columns']['base']['nuclei r']['median']:.2f} for the base")
 
 
 def test_what_the_readme_says_of_each_seed_is_so():
