@@ -340,12 +340,10 @@ def measure(precision, turns, bar) -> dict:
     fold_lora(folded)
     note("LoRA active, not fused, forward",
          ratio(lambda: forward(folded, precision), lambda: forward(active, precision), turns))
-    plain = build(precision).eval()
-    fold_lora(plain)
 
     def by_onednn():
         with replaced(nn.Linear, packed):
-            return forward(plain, precision)
+            return forward(folded, precision)
     note("weights packed, forward", ratio(lambda: forward(folded, precision), by_onednn, turns))
     if HALF[precision]:
         note("residual stream in bf16, forward", half_residual(precision, turns))

@@ -75,6 +75,22 @@ def tiny_base(tmp_path_factory) -> Path:
     return write_base(tmp_path_factory.mktemp("bases") / "tiny")
 
 
+@pytest.fixture(scope="session")
+def compared_base(tmp_path_factory) -> Path:
+    """The tiny networks of benchmarks/compare.py, as it writes them, and tiles."""
+    import compare  # of benchmarks/, which brings diffusers: whoever asks for it has a path to it
+    folder = tmp_path_factory.mktemp("compare") / "tiny"
+    compare.write_networks(folder, "tiny")
+    compare.write_tiles(folder / "tiles", 64)
+    return folder
+
+
+def case_of(base, **settings) -> dict:
+    """A case of benchmarks/compare.py on `compared_base`, float32 on one thread."""
+    return {"precision": "no", "device": "cpu", "threads": 1, "base": str(base),
+            "tiles": str(base / "tiles"), "cache": str(base / "cache"), **settings}
+
+
 @pytest.fixture
 def own_base(tiny_base, tmp_path) -> Path:
     """A copy of the tiny base to take things away from, in a folder of bases."""

@@ -6,7 +6,7 @@ import sys
 import pytest
 from PIL import Image
 
-from conftest import ROOT
+from conftest import ROOT, case_of
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -16,20 +16,6 @@ import sides  # noqa: E402
 
 FLOAT32 = 1e-5  # of the largest value: output and every gradient of LoRA
 BF16 = 0.1  # eight bits, on both sides
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """The tiny networks, as compare.py writes them, and tiles."""
-    folder = tmp_path_factory.mktemp("compare") / "tiny"
-    compare.write_networks(folder, "tiny")
-    compare.write_tiles(folder / "tiles", 64)
-    return folder
-
-
-def case_of(base, **settings):
-    return {"precision": "no", "device": "cpu", "threads": 1, "base": str(base),
-            "tiles": str(base / "tiles"), "cache": str(base / "cache"), **settings}
 
 
 @pytest.mark.parametrize("settings", [
@@ -42,8 +28,8 @@ def case_of(base, **settings):
     pytest.param({"kind": "train", "batch": 2, "compiled": True}, marks=pytest.mark.slow),
     pytest.param({"kind": "forward", "batch": 2, "compiled": True}, marks=pytest.mark.slow),
 ], ids=lambda settings: " ".join(str(value) for value in settings.values()))
-def test_both_sides_compute_the_same(base, settings):
-    case = case_of(base, **settings)
+def test_both_sides_compute_the_same(compared_base, settings):
+    case = case_of(compared_base, **settings)
     ours, peer = (kinds[case["kind"]](case)() for kinds in (sides.OURS, sides.PEER))
     assert compare.largest_difference(ours, peer) < (BF16 if case["precision"] == "bf16" else FLOAT32)
     if case["kind"] == "train":  # a wrong gradient is seen
@@ -52,8 +38,8 @@ def test_both_sides_compute_the_same(base, settings):
         assert compare.largest_difference(ours, peer) > 0.1
 
 
-def test_an_epoch_with_cached_features_and_with_vae_and_encoder_in_every_step(base):
-    case = case_of(base, kind="epoch", batch=2)
+def test_an_epoch_with_cached_features_and_with_vae_and_encoder_in_every_step(compared_base):
+    case = case_of(compared_base, kind="epoch", batch=2)
     sides.OURS["first pass"](case)()
     for kinds in (sides.OURS, sides.PEER):
         assert kinds["epoch"](case)()["loss"] > 0
@@ -69,8 +55,8 @@ def test_a_ratio_is_ours_over_the_peers_of_the_same_turn():
         "median": 1.0, "min": 0.5, "max": 3.0}
 
 
-def test_turns_ratios_and_table_and_nothing_twice(base, tmp_path, capsys, monkeypatch):
-    work, out = base.parent, tmp_path / "results.json"
+def test_turns_ratios_and_table_and_nothing_twice(compared_base, tmp_path, capsys, monkeypatch):
+    work, out = compared_base.parent, tmp_path / "results.json"
     arguments = ["--size", "tiny", "--cases", "encoder-float32", "--repeats", "2", "--threads", "1",
                  "--work", str(work), "--out", str(out)]
     compare.main(arguments)
@@ -83,12 +69,12 @@ def test_turns_ratios_and_table_and_nothing_twice(base, tmp_path, capsys, monkey
     compare.main(arguments)
 
 
-def test_growth_is_measured_once_and_drawn(base, tmp_path, monkeypatch, capsys):
+def test_growth_is_measured_once_and_drawn(compared_base, tmp_path, monkeypatch, capsys):
     out, picture = tmp_path / "scaling.json", tmp_path / "scaling.png"
     monkeypatch.setattr(scaling, "GROWTH", {"batch": (
         (1, 3), lambda n: {"kind": "forward", "batch": n}, lambda n: n)})
     arguments = ["--size", "tiny", "--growth", "batch", "--repeats", "1", "--threads", "1",
-                 "--work", str(base.parent), "--out", str(out), "--figure", str(picture)]
+                 "--work", str(compared_base.parent), "--out", str(out), "--figure", str(picture)]
     scaling.main(arguments)
     points = json.loads(out.read_text())["points"]["batch"]
     assert [*points] == ["1", "3"] and all(p["cpu_seconds"] > 0 < p["mb"] for p in points.values())
@@ -97,7 +83,7 @@ def test_growth_is_measured_once_and_drawn(base, tmp_path, monkeypatch, capsys):
     scaling.main(arguments)
 
 
-def test_a_cache_of_features_is_opened_and_read(base):
-    case = case_of(base, kind="cache", count=5)
+def test_a_cache_of_features_is_opened_and_read(compared_base):
+    case = case_of(compared_base, kind="cache", count=5)
     made, read = (sides.OURS["cache"](case)()["embeddings"] for _ in range(2))
     assert made.shape == (4, 1, 1536) and made.equal(read)

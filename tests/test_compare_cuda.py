@@ -18,7 +18,7 @@ import timm
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
-from conftest import ROOT
+from conftest import ROOT, case_of
 from pixcell_min import base as base_module
 from pixcell_min import embeddings, schedulers, transformer, uni, vae
 
@@ -26,20 +26,6 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import compare  # noqa: E402
 import sides  # noqa: E402
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """The tiny networks, as compare.py writes them, and tiles."""
-    folder = tmp_path_factory.mktemp("compare") / "tiny"
-    compare.write_networks(folder, "tiny")
-    compare.write_tiles(folder / "tiles", 64)
-    return folder
-
-
-def case_of(base, **settings):
-    return {"precision": "no", "device": "cuda", "threads": 1, "base": str(base),
-            "tiles": str(base / "tiles"), "cache": str(base / "cache"), **settings}
 
 
 def apply(module, function, recurse=True):
@@ -120,8 +106,8 @@ RUNS += [("PEER", {"kind": "train", "batch": 2, "precision": "fp16 autocast"}),
 
 @pytest.mark.parametrize(("side", "settings"), RUNS, ids=lambda its: its if isinstance(
     its, str) else " ".join(map(str, its.values())))
-def test_a_side_computes_on_the_gpu_alone(base, gpu, side, settings):
-    case = case_of(base, **settings)
+def test_a_side_computes_on_the_gpu_alone(compared_base, gpu, side, settings):
+    case = case_of(compared_base, device="cuda", **settings)
     output = getattr(sides, side)[case["kind"]](case)()
     assert output and all(tensor.device.type == "cuda" for name, tensor in output.items()
                           if name != "loss")  # it is read at every step
@@ -129,8 +115,8 @@ def test_a_side_computes_on_the_gpu_alone(base, gpu, side, settings):
         assert {tensor.dtype for tensor in output.values()} == {torch.float32}
 
 
-def test_inputs_lie_on_the_device_before_a_turn_begins(base):
-    case = case_of(base, device="meta", batch=2)
+def test_inputs_lie_on_the_device_before_a_turn_begins(compared_base):
+    case = case_of(compared_base, device="meta", batch=2)
     inputs = [*sides.draw_inputs(case).values(), *sides.vae_inputs(case), sides.tile_of(case)]
     assert {tensor.device.type for tensor in inputs} == {"meta"}
 
@@ -143,14 +129,14 @@ def test_the_fake_gpu_refuses_what_a_real_one_would(gpu):
 
 @pytest.mark.parametrize(("precision", "enabled"), [
     ("no", False), ("bf16", False), ("fp16", True), ("fp16 autocast", True)])
-def test_fp16_is_trained_with_a_grad_scaler_on_both_sides(base, monkeypatch, precision, enabled):
+def test_fp16_is_trained_with_a_grad_scaler_on_both_sides(compared_base, monkeypatch, precision, enabled):
     seen, real = [], torch.amp.GradScaler
 
     def scaler(device, enabled):
         seen.append(enabled)
         return real(device, enabled=enabled)
     monkeypatch.setattr(torch.amp, "GradScaler", scaler)
-    case = case_of(base, kind="train", batch=2, device="cpu", precision=precision)
+    case = case_of(compared_base, kind="train", batch=2, precision=precision)
     peer = sides.PEER["train"](case)()
     ours = sides.OURS["train"](case | {"precision": precision.removesuffix(" autocast")})()
     assert seen == [enabled, enabled]
@@ -257,7 +243,7 @@ def test_an_overflow_is_not_hidden_by_what_is_finite():
         assert compare.largest_difference(ours, ours) != compare.largest_difference(ours, ours)
 
 
-def test_work_is_all_products_of_a_run_once_more_where_they_are_computed_again(base, monkeypatch):
+def test_work_is_all_products_of_a_run_once_more_where_they_are_computed_again(compared_base, monkeypatch):
     monkeypatch.setattr(sides, "matrix_rate", lambda device, dtype: (device, dtype))
 
     def compiler(graph, inputs):  # what counts products does not see those of a compiled program
@@ -269,7 +255,7 @@ def test_work_is_all_products_of_a_run_once_more_where_they_are_computed_again(b
     assert work == {"flop": 2 * 2 * 3 * 5, "matrix_flop_per_second": ("cpu", torch.bfloat16)}
     counted = []
     for checkpointing in (False, True):
-        case = case_of(base, kind="train", batch=2, device="cpu", checkpointing=checkpointing)
+        case = case_of(compared_base, kind="train", batch=2, checkpointing=checkpointing)
         for kinds in (sides.OURS, sides.PEER):
             work = sides.work_of(kinds["train"](case), case)
             assert work["matrix_flop_per_second"] == ("cpu", torch.float32)
@@ -284,23 +270,23 @@ def test_the_matrix_rate_is_that_of_the_fastest_product_after_a_warm_up(monkeypa
     assert sides.matrix_rate("cpu", torch.float32, side=8, repeats=3) == 2 * 8**3 / 2
 
 
-def test_a_process_of_a_side_answers_its_orders(base, monkeypatch):
+def test_a_process_of_a_side_answers_its_orders(compared_base, monkeypatch):
     monkeypatch.setattr(sides, "matrix_rate", lambda device, dtype: 1.0)
     answers, orders = [], iter(["run", "output", "run", "work", "end"])
     sides.serve(SimpleNamespace(recv=orders.__next__, send=answers.append), "ours",
-                case_of(base, kind="forward", batch=2, device="cpu") | {
+                case_of(compared_base, kind="forward", batch=2) | {
                     "threads": torch.get_num_threads()})
     _, run, output, _, work = answers
     assert run["peak_mb"] > 0 and output["output"].shape == (2, 32, 8, 8) and work["flop"] > 0
 
 
-def test_an_epoch_hashes_its_tiles_and_not_the_base(base, monkeypatch):
+def test_an_epoch_hashes_its_tiles_and_not_the_base(compared_base, monkeypatch):
     calls, real = [], base_module.features_hash
 
     def counted(folder):
         calls.append(folder)
         return real(folder)
     monkeypatch.setattr(base_module, "features_hash", counted)
-    run = sides.OURS["epoch"](case_of(base, kind="epoch", batch=2, device="cpu"))
+    run = sides.OURS["epoch"](case_of(compared_base, kind="epoch", batch=2))
     assert len(calls) == 1
     assert run()["loss"] > 0 < run()["loss"] and len(calls) == 1
