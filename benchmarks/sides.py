@@ -187,6 +187,7 @@ def our_train(case):
         return {"loss": torch.tensor(report.loss)} | {
             f"{name}.{part}": getattr(layer, part).grad
             for name, layer in lora_layers(transformer).items() for part in ("lora_A", "lora_B")}
+    run.transformer = transformer  # memory.py asks what it holds
     return run
 
 

@@ -1,16 +1,19 @@
-"""benchmarks/compare.py and scaling.py: both sides compute the same; turns, ratios, table, growth."""
+"""compare.py, scaling.py, memory.py of benchmarks/: both sides compute the same; turns, ratios, parts."""
 
 import json
+import os
 import sys
 
 import pytest
 from PIL import Image
+from safetensors import safe_open
 
 from conftest import ROOT, case_of
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import compare  # noqa: E402
+import memory  # noqa: E402
 import scaling  # noqa: E402
 import sides  # noqa: E402
 
@@ -87,3 +90,29 @@ def test_a_cache_of_features_is_opened_and_read(compared_base):
     case = case_of(compared_base, kind="cache", count=5)
     made, read = (sides.OURS["cache"](case)()["embeddings"] for _ in range(2))
     assert made.shape == (4, 1, 1536) and made.equal(read)
+
+
+def test_the_parts_of_a_training_steps_memory(compared_base):
+    with safe_open(compared_base / "transformer" / sides.WEIGHTS, "pt") as file:
+        read = sum(file.get_tensor(key).nbytes / 1e6 for key in file.keys()  # noqa: SIM118
+                   if "attn2.to_q" not in key and "attn2.to_k" not in key and "uncond" not in key)
+    width, blocks, layers = 16, 2, 6  # q, k, v and out of one attention, v and out of the other
+    found = {}
+    for name, case in memory.CASES.items():
+        found[name] = its = memory.parts(case_of(compared_base, **case))
+        assert its.pop("cpu_seconds") > 0 and sum(its.values()) == pytest.approx(2 * its["peak"])
+        assert its["trained"] == pytest.approx(4 * 4 * 2 * sides.RANK * width * blocks * layers / 1e6)
+        share = its["weights"] / read
+        assert share == pytest.approx(1) if "float32" in name else 0.5 < share < 0.6  # but tables
+    for precision in ("bf16", "float32"):
+        one, four = (found[f"{precision}, batch {batch}"] for batch in (1, 4))
+        assert one["weights"] == four["weights"] and 3.4 < four["kept"] / one["kept"] <= 4
+
+
+def test_memory_is_measured_in_processes_of_its_own(compared_base, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "CASES", {"one": memory.CASES["bf16, batch 1"]})
+    memory.main(["--size", "tiny", "--work", str(compared_base.parent), "--threads", "1",
+                 "--out", str(tmp_path / "memory.json")])
+    its = json.loads((tmp_path / "memory.json").read_text())["cases"]["one"]
+    assert its.keys() == {"usual", "given back at once"} and "MALLOC_MMAP_THRESHOLD_" not in os.environ
+    assert all(parts["imported"] > 50 and parts["rest"] > 0 for parts in its.values())

@@ -1,0 +1,96 @@
+"""What a training step's memory is made of, full size; and how much of it is freed, yet still held.
+
+    python benchmarks/memory.py --work runs/compare --out benchmarks/results/memory.json
+
+Each case is measured in a process of its own, as `compare.py` does, once with glibc's defaults and
+once with every large block given back to the system when freed. Linux with glibc alone.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import sides  # noqa: E402
+
+AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "1000000"}  # bytes: larger blocks are mapped and unmapped
+CASES = {f"{word}, batch {batch}": {"kind": "train", "batch": batch, "precision": precision}
+         for precision, word in (("bf16", "bf16"), ("no", "float32")) for batch in (1, 4)}
+
+
+def parts(case: dict) -> dict:
+    """MB of a training step's peak by what it is for, and a step's processor seconds."""
+    torch.set_num_threads(case["threads"])
+    imported = sides.memory_mb("VmRSS")
+    torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # any optimizer imports torch's compiler
+    compiler = sides.memory_mb("VmRSS") - imported
+    run = sides.our_train(case)
+    transformer, inert = run.transformer, run.transformer.inert_layers()
+    run()
+    sides.forget_peak("cpu")
+    began = time.process_time()
+    run()
+    seconds, peak = time.process_time() - began, sides.memory_mb("VmHWM")
+    weights = {p.untyped_storage().data_ptr(): p.nbytes for name, p in transformer.named_parameters()
+               if not p.requires_grad and not name.startswith(tuple(inert))}
+    trained = sum(p.nbytes for p in transformer.parameters() if p.requires_grad)
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        run()
+    found = {"imported": imported, "compiler": compiler, "weights": sum(weights.values()) / 1e6,
+             "trained": 4 * trained / 1e6,  # themselves, their gradients, AdamW's two moments
+             "kept": sum(kept.values()) / 1e6}
+    return found | {"rest": peak - sum(found.values()), "peak": peak, "cpu_seconds": seconds}
+
+
+def alone(case: dict, variables: dict) -> dict:
+    """`parts` in a new process that starts with these variables of the environment."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            return pool.apply(parts, (case,))
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def main(argv=None) -> None:
+    from compare import prepare
+    from first_run import commit, machine
+    from pixcell_min.checkpoint import write_text
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--size", default="full", help="of compare.py")
+    parser.add_argument("--work", type=Path, default=Path("runs/compare"), help="for networks, kept")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
+    args = parser.parse_args(argv)
+    base = str(prepare(args.work, args.size))
+    cases = {}
+    for name, case in tqdm(CASES.items(), unit="case", disable=None):
+        case = case | {"base": base, "device": "cpu", "threads": args.threads}
+        cases[name] = {"usual": alone(case, {}), "given back at once": alone(case, AT_ONCE)}
+    write_text(args.out, json.dumps({
+        "size": args.size, "threads": args.threads, "commit": commit(), "machine": machine(),
+        "cases": cases}, indent=1) + "\n")
+    print(json.dumps(cases, indent=1))
+
+
+if __name__ == "__main__":
+    main()
