@@ -121,6 +121,11 @@ def fused_kernel(q, k, v):
     return F.scaled_dot_product_attention(q, k, v)
 
 
+def not_in_place(h, shift, scale, eps):
+    """The transformer's `modulate` with three tensors instead of one."""
+    return F.layer_norm(h, h.shape[-1:], eps=eps) * (1 + scale) + shift
+
+
 def stacked(self, h, context=None):
     """Attention's forward with one product for q, k, v and one for their three A."""
     if context is not None:
@@ -332,6 +337,8 @@ def measure(precision, turns, bar) -> dict:
                 "saved_mb": {"ours": saved_mb(model, precision, batch), "other": before}})
             note(f"fused attention kernel, batch {batch}", ratio(
                 step, lambda: step(transformer, fused_kernel, "attend"), turns))
+        note(f"modulation not in place, batch {batch}", ratio(
+            step, lambda: step(transformer, not_in_place, "modulate"), turns))
         note(f"q, k, v and their LoRA stacked, batch {batch}",
              ratio(step, lambda: step(Attention, stacked), turns))
     note("one product for q, k, v", fused_qkv(precision, turns))
@@ -380,7 +387,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    with tqdm(unit="measure", total=45, disable=None) as bar:
+    with tqdm(unit="measure", total=49, disable=None) as bar:
         results = {precision: measure(precision, options.turns, bar) for precision in HALF}
     write_text(options.out, json.dumps(results | {
         "turns": options.turns, "blocks": BLOCKS, "commit": commit(), "machine": machine()}, indent=1) + "\n")
