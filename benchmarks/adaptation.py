@@ -51,6 +51,7 @@ MEASURES = {  # heading → where report.json holds it, for the arm
     "over shuffled": ("fidelity:own", "margin"),
     "nuclei r": ("nuclei", "spearman"),
     "nearer than 5 %": ("memorisation:own", "closer_share"),
+    "KID": ("kernel:own", "kernel_distance"),
 }
 GAINS = {"colour, % of base": "colour_percent", "gain in cosine": "gain:own",
          "gain in cosine, centred": "gain_centred:own"}  # of both over base, with 95 % intervals

@@ -42,7 +42,7 @@ BMP_HEADER = 54  # bytes
 
 def anonymous_memory() -> float:
     """MB of this process that are not page cache (Linux)."""
-    return next(int(line.split()[1]) / 1024 for line in open("/proc/self/status")
+    return next(int(line.split()[1]) * 1024 / 1e6 for line in open("/proc/self/status")
                 if line.startswith("RssAnon"))
 
 

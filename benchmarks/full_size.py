@@ -56,7 +56,8 @@ TINY_ENCODER = {"img_size": 28, "depth": 1, "num_heads": 2, "embed_dim": 16, "ml
 
 def memory(name: str) -> float:
     """MB: VmHWM, the peak of this process, or VmRSS, what it holds now."""
-    return int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1e3
+    kibibytes = int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+    return kibibytes * 1024 / 1e6
 
 
 # ---------------------------------------------------------------- what is measured

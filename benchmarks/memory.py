@@ -3,13 +3,15 @@
     python benchmarks/memory.py --work runs/compare --out benchmarks/results/memory.json
 
 Each case is measured in a process of its own, as `compare.py` does, once with glibc's defaults and
-once with every large block given back to the system when freed. Linux with glibc alone.
+once with every large block given back to the system when freed. Not all parts are there at once:
+gradients come when what the backward needs goes. Linux with glibc alone.
 """
 
 import argparse
 import json
 import multiprocessing
 import os
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -22,6 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import sides  # noqa: E402
 
+STEPS = 3  # timed, after one to warm up
 AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "1000000"}  # bytes: larger blocks are mapped and unmapped
 CASES = {f"{word}, batch {batch}": {"kind": "train", "batch": batch, "precision": precision}
          for precision, word in (("bf16", "bf16"), ("no", "float32")) for batch in (1, 4)}
@@ -37,38 +40,42 @@ def parts(case: dict) -> dict:
     transformer, inert = run.transformer, run.transformer.inert_layers()
     run()
     sides.forget_peak("cpu")
-    began = time.process_time()
-    run()
-    seconds, peak = time.process_time() - began, sides.memory_mb("VmHWM")
-    weights = {p.untyped_storage().data_ptr(): p.nbytes for name, p in transformer.named_parameters()
-               if not p.requires_grad and not name.startswith(tuple(inert))}
+    seconds = []
+    for _ in range(STEPS):
+        began = time.process_time()
+        run()
+        seconds.append(time.process_time() - began)
+    peak = sides.memory_mb("VmHWM")
+    parameters = {p.untyped_storage().data_ptr() for p in transformer.parameters()}
+    weights = sum(p.nbytes for name, p in transformer.named_parameters()
+                  if not p.requires_grad and not name.startswith(tuple(inert)))
     trained = sum(p.nbytes for p in transformer.parameters() if p.requires_grad)
     kept = {}
 
     def keep(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
+        if storage.data_ptr() not in parameters:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         run()
-    found = {"imported": imported, "compiler": compiler, "weights": sum(weights.values()) / 1e6,
+    found = {"imported": imported, "compiler": compiler, "weights": weights / 1e6,
              "trained": 4 * trained / 1e6,  # themselves, their gradients, AdamW's two moments
              "kept": sum(kept.values()) / 1e6}
-    return found | {"rest": peak - sum(found.values()), "peak": peak, "cpu_seconds": seconds}
+    return found | {"rest": peak - sum(found.values()), "peak": peak,
+                    "cpu_seconds": statistics.median(seconds)}
 
 
-def alone(case: dict, variables: dict) -> dict:
-    """`parts` in a new process that starts with these variables of the environment."""
-    before = dict(os.environ)
+def alone(function, argument, variables: dict):
+    """function(argument) in a new process that starts with these new variables of the environment."""
     os.environ.update(variables)
     try:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            return pool.apply(parts, (case,))
+            return pool.apply(function, (argument,))
     finally:
-        os.environ.clear()
-        os.environ.update(before)
+        for name in variables:
+            del os.environ[name]
 
 
 def main(argv=None) -> None:
@@ -85,7 +92,8 @@ def main(argv=None) -> None:
     cases = {}
     for name, case in tqdm(CASES.items(), unit="case", disable=None):
         case = case | {"base": base, "device": "cpu", "threads": args.threads}
-        cases[name] = {"usual": alone(case, {}), "given back at once": alone(case, AT_ONCE)}
+        cases[name] = {"usual": alone(parts, case, {}),
+                       "given back at once": alone(parts, case, AT_ONCE)}
     write_text(args.out, json.dumps({
         "size": args.size, "threads": args.threads, "commit": commit(), "machine": machine(),
         "cases": cases}, indent=1) + "\n")

@@ -82,7 +82,7 @@ def matrix_rate(device, dtype, side=8192, repeats=20) -> float:
 
 def memory_mb(field: str) -> float:
     """A line of /proc/self/status in MB (Linux)."""
-    return next(int(line.split()[1]) / 1e3 for line in open("/proc/self/status")
+    return next(int(line.split()[1]) * 1024 / 1e6 for line in open("/proc/self/status")
                 if line.startswith(field))
 
 

@@ -107,14 +107,9 @@ def load_pixcell_base(path=None, device="auto", mixed_precision="auto") -> PixCe
     base, device = find_base(path), choose_device(device)
     schedule = read_schedule(base)
     dtype = choose_dtype(mixed_precision, device)
-
-    def prepare(network):
-        # No product uses inert weights, an eighth of all. Left as a float32 file has them, they are
-        # mapped and never read; on a GPU they would be copied, so there they are halved, too.
-        unread = network.inert_layers() if device.type == "cpu" else ()
-        hold_products_in(network, dtype, leave=unread)
-
-    transformer = PixCellTransformer.from_pretrained(base / "transformer", prepare=prepare)
+    transformer = PixCellTransformer.from_pretrained(
+        base / "transformer", prepare=lambda network: hold_products_in(network, dtype),
+        leave_inert=device.type == "cpu")  # a GPU copies all, so there they had better be converted
     transformer.requires_grad_(False).to(device)
     return PixCellPipeline(transformer, partial(load_vae, base, device, decoding_dtype(dtype)),
                            partial(load_encoder, base, device), schedule,

@@ -24,12 +24,17 @@ def build_on_meta(make, source):
         raise ValueError(f"{source}: makes no network: {error}") from None
 
 
-def load_weights(module, path) -> None:
+def load_weights(module, path, leave=()) -> None:
     """Give `module`, built on the meta device, a file's tensors, each in its place's dtype, layout.
 
-    Raises: ValueError as `read_tensors` and `load_strict` say.
+    leave: names of layers that take the file's dtype: mapped, they cost no memory until they are
+    used. Raises: ValueError as `read_tensors` and `load_strict` say.
     """
     tensors, _ = read_tensors(path)
+    for name in leave:
+        weight = tensors.get(f"{name}.weight")
+        if weight is not None and weight.is_floating_point():  # else load_strict refuses the file
+            module.get_submodule(name).to(weight.dtype)
     places = module.state_dict()
     others = [name for name, tensor in tensors.items() if name in places
               and tensor.is_floating_point() and _differs(tensor, places[name])]

@@ -135,5 +135,5 @@ def _peak_memory(device):
         return f"{torch.cuda.max_memory_allocated(device) / 1e6:.0f} MB of GPU memory"
     if not status.exists():  # Linux alone tells it there
         return "unknown"
-    kilobytes = int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1])
-    return f"{kilobytes / 1e3:.0f} MB"
+    kibibytes = int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1])
+    return f"{kibibytes * 1024 / 1e6:.0f} MB"

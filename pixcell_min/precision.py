@@ -56,18 +56,16 @@ def decoding_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
     return dtype if dtype == torch.bfloat16 else None
 
 
-def hold_products_in(network: nn.Module, dtype: torch.dtype | None, leave=()) -> None:
+def hold_products_in(network: nn.Module, dtype: torch.dtype | None) -> None:
     """Keep weights and biases of linear and convolutional layers in the `dtype` of autocast.
 
     For a frozen network: half the memory, and autocast has nothing to round at each use; results
-    and gradients keep their bits. Tables, buffers and the layers named in `leave` keep theirs. None
-    changes nothing.
+    and gradients keep their bits. Tables and buffers keep theirs. None changes nothing.
     """
     if dtype is None:
         return
     products = {f"{name}.{part}" for name, layer in network.named_modules()
-                if isinstance(layer, (nn.Linear, nn.Conv2d)) and name not in leave
-                for part in ("weight", "bias")}
+                if isinstance(layer, (nn.Linear, nn.Conv2d)) for part in ("weight", "bias")}
     network.load_state_dict({name: tensor.to(dtype) if name in products else tensor
                              for name, tensor in network.state_dict().items()}, assign=True)
 

@@ -162,7 +162,7 @@ class Block(nn.Module):
 
 def modulate(h, shift, scale, eps):
     """LayerNorm without weights over D, then h·(1 + scale) + shift."""
-    # In place: a frozen base's backward needs neither product; two (B, N, D) less to allocate.
+    # In place: with a frozen table the backward needs neither the norm's output nor the product.
     return F.layer_norm(h, h.shape[-1:], eps=eps).mul_(1 + scale).add_(shift)
 
 
@@ -191,17 +191,19 @@ class PixCellTransformer(nn.Module):
         self.caption_projection = CaptionProjection(config, width)
 
     @classmethod
-    def from_pretrained(cls, folder, dtype=torch.float32, prepare=lambda network: None):
+    def from_pretrained(cls, folder, dtype=torch.float32, prepare=lambda network: None,
+                        leave_inert=False):
         """Read `config.json` and safetensors, strictly. Raises: ValueError if they do not fit.
 
         `prepare(network)` may still change dtypes: what is read is converted to them, once.
+        leave_inert: leave inert layers in the file, in its dtype; no forward ever reads them there.
         """
         folder = Path(folder)
         path = folder / "config.json"
         config = TransformerConfig.from_dict(read_json(path), path)
         model = build_on_meta(lambda: cls(config).to(dtype), path)
         prepare(model)
-        load_weights(model, folder / WEIGHTS_NAME)
+        load_weights(model, folder / WEIGHTS_NAME, model.inert_layers() if leave_inert else ())
         return model.eval()
 
     @property

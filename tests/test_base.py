@@ -13,7 +13,7 @@ from pixcell_min.base import (
     encoder_folder, features_hash, find_base, load_encoder, load_pixcell_base, read_vae_config,
     vae_weights,
 )
-from pixcell_min.checkpoint import file_hash
+from pixcell_min.checkpoint import file_hash, read_tensors, save_tensors
 from pixcell_min.transformer import WEIGHTS_NAME
 
 
@@ -139,6 +139,22 @@ def test_a_loaded_base(tiny_base):
     assert pipeline.encoder is pipeline.encoder
     assert pipeline.schedule.num_train_timesteps == 1000
     assert pipeline.schedule.betas[-1].item() == pytest.approx(0.02)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("stored", [torch.float16, torch.float32])
+def test_a_cpu_leaves_inert_layers_in_the_file_and_a_gpu_has_them_converted(
+        own_base, stored, device, precision):
+    path = own_base / "transformer" / WEIGHTS_NAME
+    save_tensors(path, {name: t.to(stored) for name, t in read_tensors(path)[0].items()})
+    transformer = load_pixcell_base(own_base, device, precision).transformer
+    inert, usual = transformer.inert_layers(), {"no": torch.float32, "bf16": torch.bfloat16}[precision]
+    assert inert
+    for name, layer in transformer.named_modules():
+        if isinstance(layer, torch.nn.Linear):
+            wanted = stored if name in inert and device == "cpu" else usual
+            assert layer.weight.dtype == layer.bias.dtype == wanted, name
 
 
 @pytest.mark.parametrize("mixed_precision, dtype",

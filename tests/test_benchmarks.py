@@ -6,10 +6,12 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 
 from conftest import ROOT
 from pixcell_min.lora import LoRALinear
 from pixcell_min.config import parse_train
+from pixcell_min.data import image_to_tensor
 from pixcell_min.tools.synthetic import FIRST, SECOND, write_dataset
 
 sys.path.insert(0, str(ROOT / "benchmarks"))  # where they find each other
@@ -118,3 +120,43 @@ def test_rows_of_a_guided_image_are_counted_by_the_pipelines_rule():
     interval = benchmark("guidance_interval")
     assert {name: interval.rows(its) for name, its in interval.INTERVALS.items()} == {
         "everywhere": 40, "0.4 to 3": 27, "below 3": 29}
+
+
+def test_retrieval_counts_the_copies_whose_nearest_tile_is_their_original():
+    quality, seen = benchmark("base_quality"), []
+    images = [Image.new("RGB", (32, 32), colour) for colour in ("white", "gray", "black", "red")]
+    for image in images:
+        image.paste("blue", (0, 0, 16, 4))  # a corner, so that a turn is seen
+
+    def by_colour(images):
+        images = images if isinstance(images, list) else [images]
+        seen.extend(images)
+        pixels = torch.stack([image_to_tensor(image) for image in images])
+        return torch.cat([pixels.mean((2, 3)), torch.ones(len(pixels), 1)], dim=1)[:, None]
+
+    def blind(images):
+        return torch.ones(len(images) if isinstance(images, list) else 1, 1, 4)
+    found = quality.retrieval(by_colour, images, by_colour(images)[:, 0])
+    lost = quality.retrieval(blind, images, blind(images)[:, 0])
+    assert found["chance"] == lost["chance"] == lost["turned"] == lost["restained"] == 0.25
+    assert found["turned"] == 1 and found["restained"] == found["turned and restained"]
+    plain, turned, restained, both = ([image.tobytes() for image in seen[i:i + 4]] for i in range(0, 16, 4))
+    for one, other in ((plain, turned), (plain, restained), (restained, both)):
+        assert all(a != b for a, b in zip(one, other))
+
+
+def test_a_samples_cosine_to_its_condition_and_to_others_by_guidance():
+    quality = benchmark("base_quality")
+    conditions = torch.eye(4)[:, None]                                       # (4, 1, E)
+
+    class Stub:  # at scale 2 a sample is its condition, else the next one's
+        def __call__(self, condition, steps, scale, scheduler, seed, progress):
+            drawn = condition if scale == 2 else conditions[(seed + 1) % 4]
+            return type("Output", (), {"images": [drawn]})
+
+        def encoder(self, images):
+            return torch.stack(images)
+    result, images = quality.guidance(Stub(), None, conditions)
+    assert list(images) == list(quality.SCALES) and len(images[2.0]) == 4
+    assert result["2"] == {"cosine": 1, "interval": [1, 1], "shuffled": 0}
+    assert result["3"]["cosine"] == 0 and result["3"]["shuffled"] == pytest.approx(1 / 3)

@@ -100,7 +100,7 @@ def test_the_parts_of_a_training_steps_memory(compared_base):
     found = {}
     for name, case in memory.CASES.items():
         found[name] = its = memory.parts(case_of(compared_base, **case))
-        assert its.pop("cpu_seconds") > 0 and sum(its.values()) == pytest.approx(2 * its["peak"])
+        assert its["cpu_seconds"] > 0
         assert its["trained"] == pytest.approx(4 * 4 * 2 * sides.RANK * width * blocks * layers / 1e6)
         share = its["weights"] / read
         assert share == pytest.approx(1) if "float32" in name else 0.5 < share < 0.6  # but tables
@@ -114,5 +114,8 @@ def test_memory_is_measured_in_processes_of_its_own(compared_base, tmp_path, mon
     memory.main(["--size", "tiny", "--work", str(compared_base.parent), "--threads", "1",
                  "--out", str(tmp_path / "memory.json")])
     its = json.loads((tmp_path / "memory.json").read_text())["cases"]["one"]
-    assert its.keys() == {"usual", "given back at once"} and "MALLOC_MMAP_THRESHOLD_" not in os.environ
-    assert all(parts["imported"] > 50 and parts["rest"] > 0 for parts in its.values())
+    assert its.keys() == {"usual", "given back at once"}
+    for parts in its.values():
+        assert parts["imported"] > 50 and 0 < parts["rest"] < parts["peak"] - parts["imported"]
+    (name, value), = memory.AT_ONCE.items()
+    assert memory.alone(os.getenv, name, memory.AT_ONCE) == value and name not in os.environ

@@ -288,7 +288,7 @@ LABELS = {"base": "base", "adapter only": "adapter", "LoRA only": "lora",
           "real–real floor": "real_real", "VAE round trip": "vae",
           "copies of training tiles": "copies"}
 DECIMALS = {"colour W1": 2, "H angle °": 1, "E angle °": 1, "cosine": 3, "over shuffled": 3,
-            "nuclei r": 2, "nearer than 5 %": 2}
+            "nuclei r": 2, "nearer than 5 %": 2, "KID": 3}
 RESULTS = {path.stem: json.loads(path.read_text(encoding="utf-8"))
            for path in (ROOT / "benchmarks" / "results").glob("*.json")}
 README = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
@@ -305,10 +305,15 @@ def percents(its):
 
 def row(label, results):
     """A line of the README's tables: each measure's median (lowest…highest) over the seeds."""
-    cells = [f"{its['median']:.{n}f} ({min(its['values']):.{n}f}…{max(its['values']):.{n}f})"
+    cells = [f"{signed(its['median'], n)} ({signed(min(its['values']), n)}…{signed(max(its['values']), n)})"
              if (its := results["variants"]["default"]["columns"][LABELS[label]].get(name)) else "–"
              for name, n in DECIMALS.items()]
     return f"| {label} | {' | '.join(cells)} |"
+
+
+def signed(value, decimals):
+    """A number with a true minus sign, and none before a zero."""
+    return f"{round(value, decimals) + 0.0:.{decimals}f}".replace("-", "−")
 
 
 SECTIONS = {  # in the README, above rows: where these come from
@@ -319,7 +324,7 @@ def test_the_readmes_tables_of_adaptation_are_those_of_the_results():
     rows, name = [], None
     for line in (ROOT / "README.md").read_text().splitlines():
         name = next((its for words, its in SECTIONS.items() if line.startswith(words)), name)
-        label = line.split("|")[1].strip() if line.count("|") == 9 else None
+        label = line.split("|")[1].strip() if line.count("|") == 10 else None
         if label in LABELS:
             rows.append(line)
             assert line == row(label, RESULTS[f"adaptation_{name}"])
@@ -403,6 +408,10 @@ LEVERS = {  # as the README calls them
     "VAE in its plain layout, encode / decode": [
         f"plain layout of the VAE, {part}" for part in ("encode", "decode")],
     "AdamW not fused, its step alone": ["AdamW not fused"]}
+PARTS = {  # of memory.json, as the README calls them
+    "torch, imported": "imported", "torch's compiler, which its optimizers import": "compiler",
+    "the base's weights": "weights", "LoRA, its gradients, AdamW's moments": "trained",
+    "kept for the backward": "kept", "the rest: short-lived, or freed but not given back": "rest", "peak": "peak"}
 GRID_LABELS = {  # of variants that the README does not call by their names
     "default": "adapter + LoRA on all attention, rank 8, alpha 16",
     "self-attention alone": "LoRA on self-attention alone (`--attention attn1`)",
@@ -410,6 +419,28 @@ GRID_LABELS = {  # of variants that the README does not call by their names
     "LoRA trained alone": "LoRA trained alone (`--adapter-learning-rate 0`)",
     "adapter trained alone": "adapter trained alone (`--learning-rate 0`)",
     "adapter trained alone, 3e-3": "the same at `--adapter-learning-rate 3e-3`"}
+
+
+def more_time(its):
+    """Of a case of memory.json: a step's processor time when memory is given back at once, over the usual one."""
+    return its["given back at once"]["cpu_seconds"] / its["usual"]["cpu_seconds"]
+
+
+def test_the_readmes_words_on_memory_are_those_of_the_results():
+    full = {name.removeprefix("full "): its for name, its in RESULTS["compare"].items()}
+    cases = RESULTS["memory"]["cases"]
+
+    def of_peer(*parts):  # of bf16's batches 1 and 4
+        return [sum(cases[f"bf16, batch {n}"]["usual"][part] for part in parts) / full[f"train-{n}-bf16"]["peak_mb"]["peer"]
+                for n in (1, 4)]
+    held, kept = of_peer(*[*PARTS.values()][:4]), of_peer(*[*PARTS.values()][:5])
+    assert kept[0] < 0.75 and held[1] < 0.60 < kept[1]  # the aims
+    assert all(parts["rest"] >= 0 for its in cases.values() for parts in its.values())
+    load = full["load"]
+    least = (load["imported_mb"] + 2432) / load["peak_mb"]["peer"]
+    assert 0.8 < least <= load["memory_ratio"]
+    assert_quoted(f"{held[0]:.2f} and {held[1]:.2f} of the peer's peak, with what the backward needs "
+                  f"{kept[0]:.2f} and {kept[1]:.2f}", f"and the file's 2,432 MB alone are {least:.2f}")
 
 
 def test_the_readmes_other_tables_are_those_of_their_results():
@@ -445,6 +476,11 @@ def test_the_readmes_other_tables_are_those_of_their_results():
         shares = [levers[word][f"shares of a {work}"] for word in ("bf16", "float32")]
         cells = [f"{100 * a:.0f} / {100 * b:.0f}" for a, b in zip(*map(dict.values, shares))]
         wanted.append(f"| {label} | {' | '.join(cells)} |")
+    memory = RESULTS["memory"]["cases"].values()
+    cells = {label: [f"{its['usual'][part]:,.0f}" for its in memory] for label, part in PARTS.items()}
+    cells["peak, if given back at once"] = [f"{its['given back at once']['peak']:,.0f}" for its in memory]
+    cells["processor time then"] = [f"× {more_time(its):.1f}" for its in memory]
+    wanted += [f"| {label} | {' | '.join(values)} |" for label, values in cells.items()]
     wanted += [f"| {name} | {its['seconds']:.3g} | {its['peak_mb'] / 1e3:.2f} |"
                for name, its in RESULTS["full_size_amd_epyc"]["measures"].items() if its]
     assert [row for row in wanted if row not in README] == [] and len(wanted) > 80
@@ -542,13 +578,17 @@ def test_what_the_readme_says_of_kathers_grid_is_so():
     centred = {name: sum(low > 0 for _, low, _ in its) for name, its in zip(
         variants, gains(variants, "gain in cosine, centred"))}
     assert centred.pop(alone) == 2 and set(centred.values()) == {0, 1}
+    more = [after > before for before, after in zip(*(variants[name]["colour, % of base"]["values"]
+                                                      for name in ("default", alone)))]
+    assert more == [True, True, False]
     assert max(left, key=left.get) == adapters[0] and abs(left[across] - left["default"]) < 1
     assert_quoted(
         f"lie between {min(left[n] for n in ranks):.0f} and {max(left[n] for n in ranks):.0f} % of the colour "
         f"shift left; the seeds of a row up to {max(spread):.0f} points apart",
-        f"(alone, too) {rise(inside)}, each 95 % interval above 0",
-        f"with LoRA on cross-attention alone {rise([across])} and with the adapter alone {rise(adapters)}, proven",
-        f"self-attention alone more ({left[alone]:.0f} %)",
+        f"among LoRA's places {rise(inside)}, each 95 % interval above 0",
+        f"with LoRA on cross-attention alone {rise([across])} and with the adapter alone {rise(adapters)}, in each of these "
+        "rows proven in one seed of three",
+        f"self-attention alone in two seeds of three more ({percents(variants[alone]['colour, % of base'])})",
         f"the adapter alone most ({left[adapters[0]]:.0f} %, at 3e-3 {left[adapters[1]]:.0f} %)",
         f"{nuclei([*inside, across])} with LoRA, {nuclei(adapters)} with the adapter alone, "
         f"{nuclei(['default'], 'base')} for the base")
@@ -581,6 +621,15 @@ def test_what_the_readme_says_of_each_seed_is_so():
     first, second, third = (after for _, after in eosin)
     assert_quoted(f"in every seed ({first:.1f}°, {second:.1f}° and {third:.1f}°), haematoxylin's in one "
                   f"({max(values('kather_unguided', 'both', 'H angle °')):.1f}°)")
+    kid = {name: pairs(name, "KID") for name in ("nct_unguided", "kather_unguided", "nct")}
+    assert all(after < before for name in ("nct_unguided", "kather_unguided") for before, after in kid[name])
+    assert all(after > before for before, after in kid["nct"])  # at guidance 1.5
+    falls, kathers, rises = (
+        f"({', '.join(f'{signed(before, 3)} → {signed(after, 3)}' for before, after in its)})" for its in kid.values())
+    recoloured = ", ".join(signed(value, 3) for value in values("nct_unguided", "colour_only", "KID"))
+    assert all(after < before for before, after in pairs("kather_unguided", "KID", "colour_only"))
+    assert_quoted(f"falls in every seed {falls}, but no further than by recolouring ({recoloured}); at 1.5 it rises in "
+                  f"every seed {rises}", f"KID falls in every seed {kathers}, further than by recolouring")
     fell = sorted(after / before for what in ("H angle °", "E angle °")
                   for before, after in pairs("procedural", what))
     assert fell[-1] < 0.34 and fell[-2] < 0.22

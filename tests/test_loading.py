@@ -112,6 +112,24 @@ def test_dtypes_may_differ_within_a_network(file):
         assert tensor.dtype == dtype and torch.equal(tensor, expected[name].to(dtype))
 
 
+def test_layers_to_leave_stay_in_the_file_in_its_dtype(tmp_path, monkeypatch):
+    module, path = small(torch.float16, "cpu"), tmp_path / "w.safetensors"
+    save_tensors(path, module.state_dict())
+    asked, converted = [], small(torch.bfloat16)
+    monkeypatch.setattr(loading, "groups", lambda names, *rest: asked.extend(names) or groups(names, *rest))
+    load_weights(converted, path, leave=["linears.1"])
+    left = {"linears.1.weight", "linears.1.bias"}
+    assert set(asked) == module.state_dict().keys() - left  # what is left is not even touched
+    for name, tensor in converted.state_dict().items():
+        dtype = torch.float16 if name in left else torch.bfloat16
+        assert tensor.dtype == dtype and torch.equal(tensor, module.state_dict()[name].to(dtype))
+    with pytest.raises(ValueError, match="1 missing .*linears.1.weight"):
+        tensors = module.state_dict()
+        del tensors["linears.1.weight"]
+        save_tensors(path, tensors)
+        load_weights(small(torch.bfloat16), path, leave=["linears.1"])
+
+
 def test_weights_can_be_written_to_and_the_file_stays(file):
     path, expected = file
     before, module = file_hash(path), small(torch.float32)

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from pixcell_min.adapter import EmbeddingAdapter
-from pixcell_min.base import load_pixcell_base
 from pixcell_min.lora import inject_lora, lora_layers, lora_parameters
 from pixcell_min.precision import (
     DTYPES, autocast, choose_device, choose_dtype, hold_products_in, refusal,
@@ -134,15 +133,3 @@ def test_what_is_held_and_what_keeps_its_precision(tiny_base):
     for name, tensor in network.state_dict().items():
         assert torch.equal(tensor, before[name] if name in wide else before[name].bfloat16())
     assert not any(p.requires_grad for p in network.parameters())
-
-
-@pytest.mark.parametrize("device, held", [("cpu", torch.float32), ("meta", torch.bfloat16)])
-def test_a_cpu_leaves_inert_weights_in_the_file_and_a_gpu_halves_them(tiny_base, device, held):
-    """As a float32 file has them they are mapped and never read."""
-    transformer = load_pixcell_base(tiny_base, device, "bf16").transformer
-    inert = transformer.inert_layers()
-    assert inert
-    for name, layer in transformer.named_modules():
-        if isinstance(layer, torch.nn.Linear):
-            wanted = held if name in inert else torch.bfloat16
-            assert layer.weight.dtype == layer.bias.dtype == wanted, name
