@@ -743,11 +743,8 @@ def test_the_readmes_words_on_cost_are_those_of_the_results():
     assert all((its["difference"] or 0) <= 8.05e-6 for name, its in full.items() if name.endswith("float32"))
     plain = seconds["train-1-bf16"]
 
-    def compiled(case, eager, word, side):
-        return f"{seconds[f'{eager}-{word}'][side]} → {seconds[f'{case}-compiled-{word}'][side]} s"
-    (step, step32, their_step, their_step32), (forward, forward32, their_forward, their_forward32) = (
-        [compiled(*names, word, side) for side in (0, 1) for word in ("bf16", "float32")]
-        for names in (("train-1", "train-1"), ("forward", "forward-unmerged")))
+    step, forward = (" and ".join(f"{full[f'{case}-compiled-{word}']['ratio']['median']:.2f}" for word in ("bf16", "float32"))
+                     for case in ("train-1", "forward"))
     bf16, float32 = RESULTS["levers"]["bf16"], RESULTS["levers"]["float32"]
     rates = [2 * its["matrix products, flop per second"] / 1e12 for its in (bf16, float32)]  # of two cores
     once = bf16["the same in all steps, share"]
@@ -770,8 +767,7 @@ def test_the_readmes_words_on_cost_are_those_of_the_results():
         f"times the time of rank 1 and {growth('rank', 'mb'):.1f} times the memory",
         f"the cells of 256 px, {growth('latent side', 'cpu_seconds'):.0f} times the time and "
         f"{growth('latent side', 'mb'):.1f} times the memory",
-        f"a training step {step} in bf16 and {step32} in float32, theirs {their_step} and {their_step32}; a "
-        f"forward with active LoRA {forward} and {forward32}, theirs {their_forward} and {their_forward32}",
+        f"a training step takes {step.replace(' and', ' of its time in bf16 and')} in float32, a forward with active LoRA {forward};",
         f"would save {100 * once['modulation and condition']:.1f} % of a forward, cross-attention's "
         f"output {100 * once['cross-attention']:.1f} %", "activations 11 % smaller",
         f"makes {rates[0] / 2:.3f} TFLOP/s of such products in bf16 and {rates[1] / 2:.3f} in float32",
