@@ -34,16 +34,11 @@ from pixcell_min.features import cached_features, encode_images, encode_tiles  #
 from pixcell_min.lora import inject_lora, lora_parameters  # noqa: E402
 from pixcell_min.training import (build_optimizer, build_scaler, diffusion_loss,  # noqa: E402
                                   optimizer_step)
+from sides import memory_mb  # noqa: E402
 
 BATCH, SIZE = 4, 256
 DECODED, ENCODED, STEPS = 200, 16, 3  # tiles, tiles, optimizer steps
 BMP_HEADER = 54  # bytes
-
-
-def anonymous_memory() -> float:
-    """MB of this process that are not page cache (Linux)."""
-    return next(int(line.split()[1]) * 1024 / 1e6 for line in open("/proc/self/status")
-                if line.startswith("RssAnon"))
 
 
 def memory_of(counts) -> dict:
@@ -75,7 +70,7 @@ def memory_of(counts) -> dict:
                 features.sample_latents(rows, generator_for(1, step)), features.embeddings[rows]
             for part in torch.arange(count).split(64):
                 features.embeddings[part]
-            result[count] = round(anonymous_memory())
+            result[count] = round(memory_mb("RssAnon"))  # without page cache
     return result
 
 

@@ -42,6 +42,7 @@ from pixcell_min.training import diffusion_loss, optimizer_step  # noqa: E402
 from pixcell_min.transformer import PixCellTransformer, TransformerConfig  # noqa: E402
 from pixcell_min.uni import TileEncoder  # noqa: E402
 from pixcell_min.vae import AutoencoderKL, VAEConfig  # noqa: E402
+from sides import memory_mb  # noqa: E402
 
 SMALL, LARGE = "pixcell-256", "pixcell-1024"
 STEPS, RANK = 20, 8
@@ -52,12 +53,6 @@ TINY_SIZES = {SMALL: TransformerConfig(sample_size=8, **TINY),
 TINY_VAE = VAEConfig(block_out_channels=(4, 4, 8, 8), layers_per_block=1, norm_num_groups=2)
 TINY_ENCODER = {"img_size": 28, "depth": 1, "num_heads": 2, "embed_dim": 16, "mlp_ratio": 4.0,
                 "reg_tokens": 2}
-
-
-def memory(name: str) -> float:
-    """MB: VmHWM, the peak of this process, or VmRSS, what it holds now."""
-    kibibytes = int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
-    return kibibytes * 1024 / 1e6
 
 
 # ---------------------------------------------------------------- what is measured
@@ -181,14 +176,14 @@ def measure(name: str, weights: Path, repeats: int) -> dict:
 
     repeats 0: of the first call, not warmed up.
     """
-    imported, seconds = memory("VmRSS"), []
+    imported, seconds = memory_mb("VmRSS"), []
     run = MEASURES[name](weights)
     for _ in range(repeats + 1):
         began = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - began)
     return {"seconds": statistics.median(seconds[1:] or seconds), "all_seconds": seconds[1:],
-            "first_seconds": seconds[0], "peak_mb": memory("VmHWM") - imported,
+            "first_seconds": seconds[0], "peak_mb": memory_mb("VmHWM") - imported,
             "imported_mb": imported}
 
 

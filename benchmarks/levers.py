@@ -387,7 +387,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    with tqdm(unit="measure", total=49, disable=None) as bar:
+    with tqdm(unit="measure", total=44, disable=None) as bar:
         results = {precision: measure(precision, options.turns, bar) for precision in HALF}
     write_text(options.out, json.dumps(results | {
         "turns": options.turns, "blocks": BLOCKS, "commit": commit(), "machine": machine()}, indent=1) + "\n")

@@ -23,11 +23,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import sides  # noqa: E402
+from compare import cases, prepare  # noqa: E402
 
 STEPS = 3  # timed, after one to warm up
 AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "1000000"}  # bytes: larger blocks are mapped and unmapped
-CASES = {f"{word}, batch {batch}": {"kind": "train", "batch": batch, "precision": precision}
-         for precision, word in (("bf16", "bf16"), ("no", "float32")) for batch in (1, 4)}
+CASES = {name: cases()[name] for name in (
+    "train-1-bf16", "train-4-bf16", "train-1-float32", "train-4-float32")}
 
 
 def parts(case: dict) -> dict:
@@ -79,7 +80,6 @@ def alone(function, argument, variables: dict):
 
 
 def main(argv=None) -> None:
-    from compare import prepare
     from first_run import commit, machine
     from pixcell_min.checkpoint import write_text
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -89,15 +89,15 @@ def main(argv=None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     args = parser.parse_args(argv)
     base = str(prepare(args.work, args.size))
-    cases = {}
+    results = {}
     for name, case in tqdm(CASES.items(), unit="case", disable=None):
         case = case | {"base": base, "device": "cpu", "threads": args.threads}
-        cases[name] = {"usual": alone(parts, case, {}),
-                       "given back at once": alone(parts, case, AT_ONCE)}
+        results[name] = {"usual": alone(parts, case, {}),
+                         "given back at once": alone(parts, case, AT_ONCE)}
     write_text(args.out, json.dumps({
         "size": args.size, "threads": args.threads, "commit": commit(), "machine": machine(),
-        "cases": cases}, indent=1) + "\n")
-    print(json.dumps(cases, indent=1))
+        "cases": results}, indent=1) + "\n")
+    print(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

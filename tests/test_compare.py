@@ -105,12 +105,12 @@ def test_the_parts_of_a_training_steps_memory(compared_base):
         share = its["weights"] / read
         assert share == pytest.approx(1) if "float32" in name else 0.5 < share < 0.6  # but tables
     for precision in ("bf16", "float32"):
-        one, four = (found[f"{precision}, batch {batch}"] for batch in (1, 4))
+        one, four = (found[f"train-{batch}-{precision}"] for batch in (1, 4))
         assert one["weights"] == four["weights"] and 3.4 < four["kept"] / one["kept"] <= 4
 
 
 def test_memory_is_measured_in_processes_of_its_own(compared_base, tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "CASES", {"one": memory.CASES["bf16, batch 1"]})
+    monkeypatch.setattr(memory, "CASES", {"one": memory.CASES["train-1-bf16"]})
     memory.main(["--size", "tiny", "--work", str(compared_base.parent), "--threads", "1",
                  "--out", str(tmp_path / "memory.json")])
     its = json.loads((tmp_path / "memory.json").read_text())["cases"]["one"]

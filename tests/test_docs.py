@@ -431,8 +431,8 @@ def test_the_readmes_words_on_memory_are_those_of_the_results():
     cases = RESULTS["memory"]["cases"]
 
     def of_peer(*parts):  # of bf16's batches 1 and 4
-        return [sum(cases[f"bf16, batch {n}"]["usual"][part] for part in parts) / full[f"train-{n}-bf16"]["peak_mb"]["peer"]
-                for n in (1, 4)]
+        return [sum(cases[name]["usual"][part] for part in parts) / full[name]["peak_mb"]["peer"]
+                for name in ("train-1-bf16", "train-4-bf16")]
     held, kept = of_peer(*[*PARTS.values()][:4]), of_peer(*[*PARTS.values()][:5])
     assert kept[0] < 0.75 and held[1] < 0.60 < kept[1]  # the aims
     assert all(parts["rest"] >= 0 for its in cases.values() for parts in its.values())
