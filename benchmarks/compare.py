@@ -23,6 +23,7 @@ import json
 import multiprocessing
 import statistics
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -61,7 +62,7 @@ def cases(device="cpu") -> dict[str, dict]:
     sampling = {"kind": "sample", "scheduler": "dpmpp_2m", "steps": 20}
     for precision in precisions:
         word, own = WORDS[precision], {"precision": precision}
-        for batch in (1, 4):
+        for batch in (1, 4, 16) if gpu and precision != "no" else (1, 4):
             found[f"train-{batch}-{word}"] = {"kind": "train", "batch": batch, **own}
         found[f"forward-{word}"] = {"kind": "forward", "batch": 2, "merged": True, **own}
         found[f"sample-dpm-{word}"] = {**sampling, "merged": True, **own}
@@ -116,17 +117,24 @@ class Side:
         self.process.join()
 
 
-def measure(case: dict, repeats: int, bar) -> dict:
-    """Both sides of a case in turns: seconds, ratios, peak memory, largest difference."""
+def start(case: dict) -> tuple[dict, dict]:
+    """(both sides of a case, the first turn of each)."""
+    if case["kind"] == "epoch":  # the features that later passes read, in a process that ends
+        first = Side("ours", case | {"kind": "first pass"})
+        first.ask("run"), first.close()
     sides = {"ours": Side("ours", case), "peer": Side("peer", case | case.get("peer", {}))}
-    turns = {name: [] for name in sides}
-    for turn in range(repeats + 1):
+    return sides, {name: side.ask("run") for name, side in sides.items()}
+
+
+def measure(case: dict, sides: dict, first_turns: dict, repeats: int, bar) -> dict:
+    """Both sides of a case in turns: seconds, ratios, peak memory, largest difference."""
+    turns = {name: [turn] for name, turn in first_turns.items()}
+    # Each side of an epoch draws noise of its own.
+    difference = None if case["kind"] == "epoch" else largest_difference(
+        *(side.ask("output") for side in sides.values()))
+    for _ in range(repeats):
         for name, side in sides.items():
             turns[name].append(side.ask("run"))
-        if turn == 0:
-            outputs = [side.ask("output") for side in sides.values()]
-            # Each side of an epoch draws noise of its own.
-            difference = None if case["kind"] == "epoch" else largest_difference(*outputs)
         bar.update()
     gpu = case["device"] == "cuda"
     work = {name: side.ask("work") for name, side in sides.items()} if gpu else {}
@@ -152,12 +160,14 @@ def on_a_gpu(case: dict, seconds: dict, work: dict) -> dict:
     """What a GPU's row tells of each side, from its seconds and `work_of`.
 
     steps_per_second: of the optimizer, None where a run is no training step; matrix_share: FLOP per
-    second over the device's rate of products, None where a run has none.
+    second over the device's rate of products, None where a run has none; busy: the share of a
+    turn's time that its kernels take, the rest being what the host needs to start them.
     """
     steps = {name: 1 / its if case["kind"] == "train" else None for name, its in seconds.items()}
     share = {name: its["flop"] / seconds[name] / its["matrix_flop_per_second"] or None
              for name, its in work.items()}
-    return {"steps_per_second": steps, "matrix_share": share, "work": work}
+    busy = {name: its["kernel_seconds"] / seconds[name] for name, its in work.items()}
+    return {"steps_per_second": steps, "matrix_share": share, "busy": busy, "work": work}
 
 
 def ratios_of(seconds: dict) -> dict:
@@ -241,6 +251,9 @@ def main(argv=None) -> None:
     parser.add_argument("--cases", nargs="+", default=[""], help="names, or their beginnings")
     parser.add_argument("--repeats", type=int, default=5, help="timed turns")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--ahead", type=int, default=1,
+                        help="cases started side by side, to be timed one by one: for a GPU and "
+                        "many cores; first_seconds then says little")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--work", type=Path, default=Path("runs/compare"), help="for networks, kept")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write and to go on from")
@@ -257,22 +270,23 @@ def main(argv=None) -> None:
         parser.error("--device cuda: torch finds no CUDA GPU here; use --device cpu")
     base = prepare(args.work, args.size)
     common = {"threads": args.threads, "device": args.device}
-    with tqdm(total=len(chosen) * (args.repeats + 1), unit="turn", disable=None) as bar:
-        for name in chosen:
-            bar.set_description(name)
-            settings = found[name] | common | {"repeats": args.repeats}
-            key = f"{args.size} {name}"
-            if results.get(key, {}).get("settings") == settings:
-                bar.update(args.repeats + 1)
-                continue
-            case = found[name] | common | {"base": str(base), "tiles": str(base / "tiles"),
-                                           "cache": str(base / "cache")}
-            if case["kind"] == "epoch":  # the features that later passes read, in a process that ends
-                first = Side("ours", case | {"kind": "first pass"})
-                first.ask("run"), first.close()
-            results[key] = measure(case, args.repeats, bar) | {
-                "settings": settings, "commit": commit(), "machine": machine()}
-            write_text(args.out, json.dumps(results, indent=1) + "\n")
+    settings = {name: found[name] | common | {"repeats": args.repeats} for name in chosen}
+    chosen = [name for name in chosen
+              if results.get(f"{args.size} {name}", {}).get("settings") != settings[name]]
+    paths = {"base": str(base), "tiles": str(base / "tiles")}
+    with (tqdm(total=len(chosen) * args.repeats, unit="turn", disable=None) as bar,
+          ThreadPoolExecutor(args.ahead) as pool):
+        for begin in range(0, len(chosen), args.ahead):
+            names = chosen[begin:begin + args.ahead]
+            # Epochs share no cache: one may be started while another fills its own.
+            made = [found[name] | common | paths | {"cache": str(base / f"cache-{name}")}
+                    for name in names]
+            bar.set_description(f"starting {', '.join(names)}")
+            for name, case, started in zip(names, made, [*pool.map(start, made)], strict=True):
+                bar.set_description(name)
+                results[f"{args.size} {name}"] = measure(case, *started, args.repeats, bar) | {
+                    "settings": settings[name], "commit": commit(), "machine": machine()}
+                write_text(args.out, json.dumps(results, indent=1) + "\n")
     print(table(results, args.size))
 
 
@@ -296,7 +310,8 @@ def columns(name: str, its: dict) -> dict[str, str]:
     difference = {"difference": cell(its["difference"], ".1e")}
     if its["settings"]["device"] == "cuda":
         for what, key, form in (("steps per s", "steps_per_second", ".3g"),
-                                ("of the matrix rate", "matrix_share", ".0%")):
+                                ("of the matrix rate", "matrix_share", ".0%"),
+                                ("busy", "busy", ".0%")):
             found |= {f"{side} {what}": cell(its[key][side], form) for side in ("peer", "ours")}
         return found | memory | {"memory ratio": f"{its['memory_ratio']:.2f}"} | difference
     return found | {"of CPU time": f"{its['cpu_ratio']['median']:.2f}"} | memory | {

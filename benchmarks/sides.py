@@ -56,7 +56,8 @@ def work_of(run, case) -> dict:
     """FLOP of the products, convolutions and attention of a run, and the device's rate of products.
 
     The rate is in the precision that autocast has in the case. What is computed twice
-    (checkpointing) counts twice; compiled blocks are counted uncompiled.
+    (checkpointing) counts twice; compiled blocks are counted uncompiled. Of a GPU also how many
+    kernels and copies a run starts and how many seconds these take, as torch's profiler sees them.
     """
     from pixcell_min.precision import choose_dtype
     from torch.utils.flop_counter import FlopCounterMode
@@ -64,7 +65,19 @@ def work_of(run, case) -> dict:
         run()
     dtype = choose_dtype(case["precision"].removesuffix(" autocast"), torch.device(case["device"]))
     return {"flop": counter.get_total_flops(),
-            "matrix_flop_per_second": matrix_rate(case["device"], dtype or torch.float32)}
+            "matrix_flop_per_second": matrix_rate(case["device"], dtype or torch.float32),
+            **(kernels_of(run) if case["device"] == "cuda" else {})}
+
+
+def kernels_of(run) -> dict:
+    """Number of a GPU's kernels and copies in a run, and the seconds that they take together."""
+    from torch.profiler import ProfilerActivity, profile
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        run()
+        wait_for("cuda")
+    found = [event for event in profiled.events() if "cuda" in str(event.device_type).lower()]
+    return {"kernels": len(found),
+            "kernel_seconds": sum(event.self_device_time_total for event in found) / 1e6}
 
 
 def matrix_rate(device, dtype, side=8192, repeats=20) -> float:

@@ -45,6 +45,12 @@ torch.set_num_threads(
     min(torch.get_num_threads(), int(os.environ.get("PIXCELL_TEST_THREADS", "2"))))
 
 
+def pytest_configure(config):
+    """What a test expects, and `auto`, is a CPU's, on any machine; only `-m gpu` shows a GPU."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def write_base(folder: Path, seed: int = 0, **changes) -> Path:
     """A 64-px base of random weights, a few thousand parameters, laid out as a PixCell snapshot.
 

@@ -14,6 +14,7 @@ from pixcell_min.base import (
     vae_weights,
 )
 from pixcell_min.checkpoint import file_hash, read_tensors, save_tensors
+from pixcell_min.pipeline import PixCellPipeline
 from pixcell_min.transformer import WEIGHTS_NAME
 
 
@@ -164,6 +165,9 @@ def test_float32_attention_comes_with_float16_alone(tiny_base, mixed_precision, 
     assert pipeline.dtype == dtype
     attention = pipeline.transformer.transformer_blocks[0].attn1
     assert attention.float32_attention == (mixed_precision == "fp16")
+    on_a_gpu = PixCellPipeline(pipeline.transformer, None, None, pipeline.schedule, base_hash="",
+                               device="cuda", dtype=dtype)
+    assert not on_a_gpu.transformer.transformer_blocks[0].attn1.float32_attention
 
 
 def test_unknown_device_and_precision(tiny_base):

@@ -194,43 +194,49 @@ class AnsweringSide:
     def ask(self, order):
         return {"run": {"seconds": self.seconds, "cpu_seconds": 1e3, "peak_mb": 80 * self.seconds},
                 "output": {"a": torch.ones(2)},
-                "work": {"flop": 6e12, "matrix_flop_per_second": 1e13}}[order]
+                "work": {"flop": 6e12, "matrix_flop_per_second": 1e13, "kernels": 7,
+                         "kernel_seconds": 0.5}}[order]
 
     def close(self):
         pass
 
 
+def measured(case, repeats):
+    return compare.measure(
+        case, *compare.start(case), repeats, SimpleNamespace(update=lambda: None))
+
+
 def test_a_gpus_row_has_steps_per_second_and_share_of_the_matrix_rate(monkeypatch):
     monkeypatch.setattr(compare, "Side", AnsweringSide)
-    bar = SimpleNamespace(update=lambda: None)
-    row = compare.measure({"kind": "train", "device": "cuda"}, 2, bar)
+    row = measured({"kind": "train", "device": "cuda"}, 2)
     assert row["steps_per_second"] == {"ours": 1, "peer": 0.5}
     assert row["matrix_share"] == pytest.approx({"ours": 0.6, "peer": 0.3})
+    assert row["busy"] == {"ours": 0.5, "peer": 0.25}
     assert row["memory_ratio"] == 0.5 and row["work"]["peer"]["flop"] == 6e12
     # CPU time says nothing of a GPU, and what importing took lies elsewhere.
     assert not {"cpu_ratio", "imported_mb", "memory_ratio_without_torch"} & row.keys()
-    forward, on_cpu = (compare.measure({"kind": "forward", "device": device}, 1, bar)
+    forward, on_cpu = (measured({"kind": "forward", "device": device}, 1)
                        for device in ("cuda", "cpu"))
     assert forward["steps_per_second"] == {"ours": None, "peer": None}
     assert on_cpu["cpu_ratio"]["median"] == 1 and "work" not in on_cpu
     load = compare.on_a_gpu({"kind": "load"}, {"ours": 1.0}, {
-        "ours": {"flop": 0, "matrix_flop_per_second": 1e13}})
+        "ours": {"flop": 0, "matrix_flop_per_second": 1e13, "kernel_seconds": 0.1}})
     assert load["matrix_share"] == {"ours": None}
 
 
 def test_a_gpus_table_has_its_own_columns(monkeypatch):
     monkeypatch.setattr(compare, "Side", AnsweringSide)
-    bar, tables = SimpleNamespace(update=lambda: None), {}
+    tables = {}
     for device in ("cuda", "cpu"):
-        results = {f"tiny {kind}": compare.measure({"kind": kind, "device": device}, 1, bar) | {
+        results = {f"tiny {kind}": measured({"kind": kind, "device": device}, 1) | {
             "settings": {"device": device}} for kind in ("train", "epoch")}
         tables[device] = compare.table(results | {"full load": {}}, "tiny").splitlines()
     assert tables["cuda"] == [
         "| case | peer s | ours s | ratio (min…max) | peer steps per s | ours steps per s | "
-        "peer of the matrix rate | ours of the matrix rate | peer MB | ours MB | memory ratio | "
-        "difference |", "|" + "---|" * 12,
-        "| train | 2 | 1 | 0.50 (0.50…0.50) | 0.5 | 1 | 30% | 60% | 160 | 80 | 0.50 | 0.0e+00 |",
-        "| epoch | 2 | 1 | 0.50 (0.50…0.50) | – | – | 30% | 60% | 160 | 80 | 0.50 | – |"]
+        "peer of the matrix rate | ours of the matrix rate | peer busy | ours busy | peer MB | ours MB | memory ratio | "
+        "difference |", "|" + "---|" * 14,
+        "| train | 2 | 1 | 0.50 (0.50…0.50) | 0.5 | 1 | 30% | 60% | 25% | 50% | 160 | 80 | 0.50 | 0.0e+00 |",
+        "| epoch | 2 | 1 | 0.50 (0.50…0.50) | – | – | 30% | 60% | 25% | 50% | 160 | 80 | 0.50 | – |"]
     assert tables["cpu"][0].count("|") == 10 and len(tables["cpu"]) == 4
     assert tables["cpu"][3] == ("| epoch | 2 | 1 | 0.50 (0.50…0.50) | 1.00 | 160 | 80 | 0.50 (1.24) "
                                 "| – |")
