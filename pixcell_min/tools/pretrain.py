@@ -126,7 +126,7 @@ def to_uint8(image):
 
 
 def procedural_tile(seed):
-    """One tile of the first laboratory, (3, 256, 256) uint8, an array: it goes between processes."""
+    """A tile of the first laboratory, (3, 256, 256) uint8, an array: it goes between processes."""
     return to_uint8(render_tile(seed, laboratory=FIRST)).numpy()
 
 
