@@ -1,7 +1,10 @@
 """tools/pretrain: its augmentations, exact resuming, and a miniature base from start to end."""
 
+import contextlib
 import dataclasses
+import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +24,12 @@ def test_dihedral_elements_are_the_eight_symmetries():
     turned = {tuple(pretrain.dihedral(image, element).flatten().tolist()) for element in range(8)}
     assert len(turned) == 8
     assert torch.equal(pretrain.dihedral(image, 0), image)
+
+
+def test_each_image_of_a_batch_is_turned_by_its_own_element():
+    images, elements = torch.randn(16, 3, 5, 5, generator=generator()), torch.arange(16) % 8
+    one_by_one = [pretrain.dihedral(image, int(e)) for image, e in zip(images, elements)]
+    assert torch.equal(pretrain.dihedral_each(images, elements), torch.stack(one_by_one))
 
 
 def test_stain_jitter_changes_colour_but_not_where_things_are():
@@ -59,6 +68,24 @@ def test_matrices_go_to_muon_and_all_other_weights_to_adamw(tmp_path):
     trainer.update(sum(p.square().sum() for p in module.parameters()), 100)
     # The views share memory.
     assert all(not torch.equal(a, b) for a, b in zip(before, module.parameters()))
+
+
+def test_the_logged_loss_is_a_moving_average_of_every_step(tmp_path):
+    losses = [1 / (step + 1) for step in range(100)]
+    trainer = SimpleNamespace(step=0, path=tmp_path / "s.pt", save=lambda: None)
+
+    def update(loss, total):
+        trainer.step += 1
+
+    trainer.update = update
+    pretrain.run_stage(trainer, 100, lambda _: torch.tensor(losses[trainer.step]), "stage", 0)
+    smooth, expected = None, []
+    for step, loss in enumerate(torch.tensor(losses).tolist(), 1):
+        smooth = loss if smooth is None else 0.98 * smooth + 0.02 * loss
+        if step % 50 == 0:
+            expected.append({"step": step, "loss": smooth, "stage": "stage"})
+    lines = (tmp_path / "s.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == expected
 
 
 def test_a_resumed_stage_equals_an_uninterrupted_one(tmp_path):
@@ -121,7 +148,9 @@ def test_latent_moments():
     torch.testing.assert_close(moments[0, 4], latents[0, 1].std())
 
 
-def test_a_miniature_base_is_made_and_loads_like_any_other(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def miniature(monkeypatch):
+    """Networks of a few thousand parameters, batches of two."""
     from conftest import TINY_ENCODER
     monkeypatch.setattr(pretrain, "NANO_VAE", dataclasses.replace(
         pretrain.NANO_VAE, block_out_channels=(8, 8, 8, 8), norm_num_groups=4))
@@ -129,16 +158,100 @@ def test_a_miniature_base_is_made_and_loads_like_any_other(tmp_path, monkeypatch
     monkeypatch.setattr(pretrain, "NANO_TRANSFORMER", dataclasses.replace(
         pretrain.NANO_TRANSFORMER, num_layers=1, num_attention_heads=2, attention_head_dim=8,
         caption_channels=16))
-    for name in ("VAE_BATCH_128", "VAE_BATCH_256", "BATCH_128", "BATCH_256"):
+    for name in ("VAE_BATCH_128", "VAE_BATCH_256"):
         monkeypatch.setattr(pretrain, name, 2)
+
+
+@pytest.fixture
+def open_folder(tmp_path):
+    """Two images of tissue to cut crops from."""
+    folder = tmp_path / "open"
+    folder.mkdir()
+    for i, kind in enumerate(("TUM", "LYM")):
+        render_tile(i, kind).resize((300 + 80 * i, 300)).save(folder / f"{kind}.png")
+    return folder
+
+
+def test_the_bank_does_not_depend_on_the_number_of_processes(tmp_path, open_folder):
+    def bank(workers, crops):
+        return pretrain.training_tiles(SimpleNamespace(
+            seed=3, procedural=2, open_tiles=open_folder, open_crops=crops, workers=workers,
+            device=torch.device("cpu")), tmp_path / f"{workers}-{crops}")
+
+    alone = bank(1, 20)  # two chunks of jobs
+    assert alone.shape == (22, 3, 256, 256) and alone.dtype == torch.uint8
+    assert len({tile.numpy().tobytes() for tile in alone}) == 22
+    assert torch.equal(alone[1], pretrain.to_uint8(render_tile(30_000_001)))
+    assert torch.equal(bank(2, 20), alone)
+    assert torch.equal(bank(1, 5), alone[:7])  # a crop knows its number, not the others
+    assert torch.equal(bank(1, 20), alone)  # read back
+
+
+def test_an_unreadable_image_is_one_line_whatever_the_number_of_processes(tmp_path, capsys):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    for workers in ("1", "2"):
+        assert pretrain.main(["--work", str(tmp_path / "work"), "--open-tiles", str(tmp_path),
+                              "--procedural", "0", "--workers", workers]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert "pretrain: error: " in error and "broken.png" in error
+    assert not (tmp_path / "work" / "tiles.safetensors").exists()
+
+
+@pytest.mark.parametrize("stage, flags", [
+    ("vae", {}), ("joint", {}), ("joint", {"freeze_encoder": True})])
+def test_a_step_lies_on_the_chosen_device_and_asks_it_for_no_number(
+        tmp_path, monkeypatch, miniature, stage, flags):
+    """On "meta", which has no numbers, and whose tensors mix with a CPU's in no operation."""
+    args = SimpleNamespace(
+        **({"freeze_encoder": False} | flags), device=torch.device("meta"), seed=0, start_from=None,
+        vae_learning_rate=1e-3, learning_rate=1e-3, half_steps=1, steps=1, vae_half_steps=1,
+        vae_steps=1, half_batch=4, batch=3, bf16=False, out=tmp_path)
+    tiles = torch.zeros(5, 3, 256, 256, dtype=torch.uint8, device="meta")
+    latents = torch.zeros(5, 16, 32, 32, dtype=torch.float16, device="meta")
+    trainers, devices = [], []
+
+    def one_step_each(trainer, total, loss_at, description, seed):
+        for trainer.step in (0, 1):
+            loss = loss_at(generator())
+            loss.backward()
+            devices.append(loss.device.type)
+        raise InterruptedError  # nothing to write
+
+    def trainer(modules, rate, path):
+        trainers.append(modules)
+        return SimpleNamespace(step=0)
+
+    monkeypatch.setattr(pretrain, "Trainer", trainer)
+    monkeypatch.setattr(pretrain, "run_stage", one_step_each)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)  # "meta" has no autocast
+    monkeypatch.setattr(pretrain, "patch_basis", lambda *_: (torch.zeros(192), torch.ones(192, 16)))
+    with pytest.raises(InterruptedError):
+        if stage == "vae":
+            pretrain.train_vae(args, tmp_path, tiles)
+        else:
+            pretrain.train_transformer(args, tmp_path, tiles, latents)
+    assert devices == ["meta", "meta"]
+    parameters = [p for module in trainers[0].values() for p in module.parameters()]
+    assert parameters and all(p.device.type == "meta" for p in parameters)
+    # Cross-attention to a single token has no use for queries and keys.
+    assert sum(p.grad is not None for p in parameters) > 0.8 * len(parameters)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a CUDA GPU"))])
+def test_a_miniature_base_is_made_and_loads_like_any_other(tmp_path, miniature, capsys, device):
     flags = ["--out", str(tmp_path / "base"), "--work", str(tmp_path / "work"),
              "--procedural", "3", "--vae-half-steps", "1", "--vae-steps", "1", "--half-steps", "2", "--steps", "2",
-             "--no-bf16"]
+             "--half-batch", "2", "--batch", "2", "--workers", "1", "--device", device,
+             *(["--no-bf16"] if device == "cpu" else [])]
     assert pretrain.main(flags) == 0
     pipeline = load_pixcell_base(tmp_path / "base", "cpu", "no")
     image = pipeline(pipeline.encoder(render_tile(1)), num_inference_steps=2).images[0]
     assert image.size == (256, 256)
     assert pretrain.main(flags) == 0  # again: continues at the end, writes the same
+    assert "continuing at step 4" in capsys.readouterr().out
+    assert pretrain.main(flags + ["--device", "cpu"]) == 0  # and so on any device
     assert "continuing at step 4" in capsys.readouterr().out
 
     # The transformer alone goes on, on other tiles: the encoder, and so every embedding, stays.

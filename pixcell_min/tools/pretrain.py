@@ -12,8 +12,13 @@ command again continues from the last saved state.
 import argparse
 import json
 import math
+import multiprocessing
+import operator
+import os
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +29,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from pixcell_min import checkpoint
-from pixcell_min.checks import OneLineParser, one_line
+from pixcell_min.checks import DEVICE, OneLineParser, one_line, positive_int
 from pixcell_min.data import (find_tiles, fit_tile, image_to_tensor, read_tile,
                               tensor_to_image)
 from pixcell_min.embeddings import PatchEmbed, sincos_grid
+from pixcell_min.precision import choose_device
 from pixcell_min.schedulers import NoiseSchedule
 from pixcell_min.tools.metrics import RUIFROK
 from pixcell_min.tools.synthetic import FIRST, render_tile
@@ -40,7 +46,7 @@ TILE = 256  # px
 # Crops give more steps for the time. But group norm and attention see a whole tile otherwise than a
 # part (29.9 dB where the parts alone have 32.9), so that each stage ends on whole tiles.
 CROP = 128  # px
-VAE_BATCH_128, VAE_BATCH_256, BATCH_128, BATCH_256 = 4, 2, 64, 16
+VAE_BATCH_128, VAE_BATCH_256 = 4, 2
 BASIS_TILES = 400
 COMPONENT_WEIGHT = 1.0  # against absolute plus squared error per pixel value
 POSTERIOR_LOGVAR = -7.0  # the posterior's standard deviation: 0.03 of the latents'
@@ -62,21 +68,30 @@ def generator_for(seed, step):
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
 
+def moved(tensor, device):
+    """A tensor drawn on the CPU, on `device`: CUDA goes on with its work meanwhile."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()  # only from there does a copy not wait
+    return tensor.to(device, non_blocking=True)
+
+
 def stain_jitter(images, generator):
     """Images (B, 3, H, W) in [0, 1] → the same tissue as other laboratories would have stained it.
 
     In optical density: each stain's amount × exp(N(0, 0.35)), each stain vector tilted by
     N(0, 0.12) per channel, a little flat density added; differentiability is not needed, not kept.
     """
-    B = images.shape[0]
+    B, device = images.shape[0], images.device
     density = -torch.log(images.clamp(min=1 / 255))                          # (B, 3, H, W)
     stains = F.normalize(torch.tensor(RUIFROK, dtype=torch.float32), dim=1)
-    amounts = torch.einsum("bchw,cs->bshw", density, torch.linalg.inv(stains))  # (B, stains, H, W)
+    unmix = moved(torch.linalg.inv(stains), device)
+    amounts = torch.einsum("bchw,cs->bshw", density, unmix)                  # (B, stains, H, W)
     gains = torch.exp(0.35 * torch.randn(B, 3, 1, 1, generator=generator))
     tilted = F.normalize(
         (stains + 0.12 * torch.randn(B, 3, 3, generator=generator)).clamp(min=0.01), dim=2)
-    jittered = torch.einsum("bshw,bsc->bchw", amounts * gains, tilted)
     flat = 0.05 * torch.randn(B, 3, 1, 1, generator=generator)
+    gains, tilted, flat = (moved(drawn, device) for drawn in (gains, tilted, flat))
+    jittered = torch.einsum("bshw,bsc->bchw", amounts * gains, tilted)
     return torch.exp(-(jittered + flat)).clamp(0, 1)
 
 
@@ -84,6 +99,14 @@ def dihedral(images, element):
     """One of the 8 symmetries of the square (element 0..7) applied to (..., H, W)."""
     images = torch.rot90(images, element % 4, dims=(-2, -1))
     return images.flip(-1) if element >= 4 else images
+
+
+def dihedral_each(images, elements):
+    """Row i of square images (B, C, H, H) under symmetry elements[i], without a loop over rows."""
+    for part in (1, 2, 4):  # a quarter turn, a half turn, a flip: an element's bits, in this order
+        chosen = (elements & part).bool()[:, None, None, None]
+        images = torch.where(chosen, dihedral(images, part), images)
+    return images
 
 
 def random_crops(tiles, count, side, generator):
@@ -102,27 +125,62 @@ def to_uint8(image):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-def open_crops(folder, count, seed):
-    """`count` random 256-px crops from below `folder`: side 192 to 512 px resized, some tissue."""
-    images = [read_tile(path) for path in sorted(Path(folder).rglob("*")) if path.suffix.lower() in
-              {".png", ".jpg", ".jpeg", ".tif", ".tiff"}]
-    if not images:
+def procedural_tile(seed):
+    """A tile of the first laboratory, (3, 256, 256) uint8, an array: it goes between processes."""
+    return to_uint8(render_tile(seed, laboratory=FIRST)).numpy()
+
+
+def open_paths(folder):
+    """Image files below `folder`, sorted. Raises: ValueError if there is none."""
+    paths = [path for path in sorted(Path(folder).rglob("*")) if path.suffix.lower() in
+             {".png", ".jpg", ".jpeg", ".tif", ".tiff"}]
+    if not paths:
         raise ValueError(f"{folder}: no image to train on; expected .png, .jpg or .tif files")
-    areas = np.array([math.sqrt(image.width * image.height) for image in images])
-    rng = np.random.default_rng(seed)
-    crops = []
-    with tqdm(total=count, desc="open crops") as bar:
-        while len(crops) < count:
-            image = images[rng.choice(len(images), p=areas / areas.sum())]
-            side = int(np.exp(rng.uniform(np.log(192), np.log(min(512, *image.size)))))
-            left, top = rng.integers(image.width - side + 1), rng.integers(image.height - side + 1)
-            crop = image.resize((TILE, TILE), Image.Resampling.LANCZOS,
-                                box=(left, top, left + side, top + side))
-            tissue = (np.asarray(crop).min(axis=2) < 200).mean()
-            if tissue > rng.uniform(0, 0.6):  # empty glass is easy: keep only some of it
-                crops.append(dihedral(to_uint8(crop), int(rng.integers(8))))
-                bar.update()
-    return crops
+    return paths
+
+
+@lru_cache(maxsize=1)
+def open_images(folder):
+    """All images below `folder`, and how often each is drawn: by its side, as they sum to 1."""
+    images = [read_tile(path) for path in open_paths(folder)]
+    sides = np.array([math.sqrt(image.width * image.height) for image in images])
+    return images, sides / sides.sum()
+
+
+def open_crop(folder, seed, index):
+    """Random crop `index` from below `folder`: side 192 to 512 px resized to 256, some tissue.
+
+    (3, 256, 256) uint8. It depends on its arguments alone, so not on which process draws it.
+    """
+    images, shares = open_images(folder)
+    rng = np.random.default_rng([seed, index])
+    while True:
+        image = images[rng.choice(len(images), p=shares)]
+        side = int(np.exp(rng.uniform(np.log(192), np.log(min(512, *image.size)))))
+        left, top = rng.integers(image.width - side + 1), rng.integers(image.height - side + 1)
+        crop = image.resize((TILE, TILE), Image.Resampling.LANCZOS,
+                            box=(left, top, left + side, top + side))
+        tissue = (np.asarray(crop).min(axis=2) < 200).mean()
+        if tissue > rng.uniform(0, 0.6):  # empty glass is easy: keep only some of it
+            return dihedral(to_uint8(crop), int(rng.integers(8))).numpy()
+
+
+def run_jobs(jobs, workers):
+    """What the jobs return, in their order, (N, 3, 256, 256) uint8; made by `workers` processes."""
+    bank = torch.empty(len(jobs), 3, TILE, TILE, dtype=torch.uint8)
+
+    def fill(results):
+        for i, tile in enumerate(tqdm(results, total=len(jobs), desc="tiles")):
+            bank[i] = torch.from_numpy(tile)
+
+    if workers == 1:
+        fill(map(operator.call, jobs))
+        return bank
+    # Spawned: a fork would inherit locks of threads that it lacks. One thread each: no more cores.
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"),
+                             torch.set_num_threads, (1,)) as pool:
+        fill(pool.map(operator.call, jobs, chunksize=16))
+    return bank
 
 
 def training_tiles(args, work):
@@ -133,17 +191,19 @@ def training_tiles(args, work):
     path = work / "tiles.safetensors"
     made_with = json.dumps({"seed": args.seed, "procedural": args.procedural, "open_crops":
                             args.open_crops if args.open_tiles else 0})
-    if not path.exists():
-        tiles = [to_uint8(render_tile(args.seed * 10_000_000 + i, laboratory=FIRST))
-                 for i in tqdm(range(args.procedural), desc="procedural tiles")]
-        if args.open_tiles:
-            tiles += open_crops(args.open_tiles, args.open_crops, args.seed)
-        checkpoint.save_tensors(path, {"tiles": torch.stack(tiles)}, {"made_with": made_with})
-    tensors, header = checkpoint.read_tensors(path)
-    if header.get("made_with") != made_with:
-        raise ValueError(f"{path}: made with {header.get('made_with')}, asked for {made_with}; "
-                         "give the same settings or another --work")
-    return tensors["tiles"]
+    if path.exists():
+        tensors, header = checkpoint.read_tensors(path)
+        if header.get("made_with") != made_with:
+            raise ValueError(f"{path}: made with {header.get('made_with')}, asked for {made_with}; "
+                             "give the same settings or another --work")
+        return tensors["tiles"].to(args.device)
+    jobs = [partial(procedural_tile, args.seed * 10_000_000 + i) for i in range(args.procedural)]
+    if args.open_tiles:
+        open_paths(args.open_tiles)  # refuses an empty folder before the work begins
+        jobs += [partial(open_crop, args.open_tiles, args.seed, i) for i in range(args.open_crops)]
+    tiles = run_jobs(jobs, args.workers)
+    checkpoint.save_tensors(path, {"tiles": tiles}, {"made_with": made_with})
+    return tiles.to(args.device)
 
 
 def rate_factor(step, total):
@@ -182,10 +242,11 @@ class Trainer:
         self.ema = {name: p.detach().clone() for name, p in named}
         if path.exists():
             state = checkpoint.load_object(path)
-            self.step, self.ema = state["step"], state["ema"]
-            with torch.no_grad():
+            self.step = state["step"]
+            with torch.no_grad():  # copied: the state is read to the CPU, wherever it was saved
                 for name, p in named:
                     p.copy_(state["parameters"][name])
+                    self.ema[name].copy_(state["ema"][name])
             for optimizer, values in zip(self.optimizers, state["optimizers"]):
                 optimizer.load_state_dict(values)
             print(f"{path}: continuing at step {self.step}")
@@ -224,14 +285,18 @@ class Trainer:
 
 def run_stage(trainer, total, loss_at, description, seed):
     """Steps until `total`: bar, log line every 50, saved state every few minutes and at the end."""
-    saved, smooth = time.monotonic(), None
+    saved, smooth, recent = time.monotonic(), None, []
     with tqdm(total=total, initial=trainer.step, desc=description, mininterval=5) as bar:
         while trainer.step < total:
             loss = loss_at(generator_for(seed, trainer.step))
             trainer.update(loss, total)
-            smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
+            recent.append(loss.detach())
             bar.update()
             if trainer.step % 50 == 0:
+                # Asked for at once: each question makes the CPU wait for a GPU.
+                for value in torch.stack(recent).tolist():
+                    smooth = value if smooth is None else 0.98 * smooth + 0.02 * value
+                recent.clear()
                 bar.set_postfix(loss=f"{smooth:.4f}")
                 with open(trainer.path.with_suffix(".jsonl"), "a", encoding="utf-8") as log:
                     log.write(json.dumps({"step": trainer.step, "loss": smooth,
@@ -247,8 +312,10 @@ def patch_basis(tiles, generator):
 
     A component of variance v is divided by v^¼: halfway to white, so that colour still leads and
     detail follows when a denoiser goes from noise to image. Overall the latents have variance 1.
+    Computed on the CPU: elsewhere components might change their signs, and a resumed run its aim.
     """
-    tiles = tiles[torch.randperm(len(tiles), generator=generator)[:BASIS_TILES]].float() / 255
+    chosen = torch.randperm(len(tiles), generator=generator)[:BASIS_TILES]
+    tiles = tiles[chosen.to(tiles.device)].cpu().float() / 255
     half = len(tiles) // 2
     patches = to_patches(torch.cat([tiles[:half], stain_jitter(tiles[half:], generator)]) * 2 - 1)
     patches = patches.reshape(-1, patches.shape[-1])
@@ -289,8 +356,10 @@ def train_vae(args, work, tiles):
     if args.start_from:
         checkpoint.load_strict(vae, AutoencoderKL.from_pretrained(
             args.start_from / "vae").state_dict(), args.start_from)
+    vae.to(args.device)
     trainer = Trainer({"vae": vae}, args.vae_learning_rate, work / "vae.pt")
-    center, matrix = patch_basis(tiles, generator_for(args.seed, 0))
+    center, matrix = (part.to(args.device)
+                      for part in patch_basis(tiles, generator_for(args.seed, 0)))
 
     def loss_at(generator):
         batch, side = ((VAE_BATCH_128, CROP) if trainer.step < args.vae_half_steps
@@ -299,9 +368,9 @@ def train_vae(args, work, tiles):
         pixels = torch.cat([pixels[:half], stain_jitter(pixels[half:], generator)]) * 2 - 1
         components = rearrange((to_patches(pixels) - center) @ matrix, "b h w c -> b c h w")
         pixels = pixels.contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+        with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
             mean = vae.encode(pixels)[0].float()
-            noise = torch.randn(mean.shape, generator=generator)
+            noise = moved(torch.randn(mean.shape, generator=generator), args.device)
             rebuilt = vae.decode(mean + math.exp(POSTERIOR_LOGVAR / 2) * noise).float()
         return (F.l1_loss(rebuilt, pixels) + F.mse_loss(rebuilt, pixels)
                 + COMPONENT_WEIGHT * F.mse_loss(mean, components))
@@ -322,19 +391,22 @@ def train_vae(args, work, tiles):
 
 def latent_bank(args, work, tiles, vae):
     """Posterior means of all tiles, (N, 16, 32, 32) float16, made once for this VAE."""
+    vae.to(args.device)
     path = work / "latents.safetensors"
     fingerprint = checkpoint.file_hash(args.out / "vae" / "diffusion_pytorch_model.safetensors")
     if path.exists():
         tensors, header = checkpoint.read_tensors(path)
         if header.get("vae") == fingerprint and len(tensors["latents"]) == len(tiles):
-            return tensors["latents"]
+            return tensors["latents"].to(args.device)
     latents = []
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
-        for part in tqdm(tiles.split(8), desc="latents"):
+    at_once = 8 if args.device.type == "cpu" else 64
+    with torch.no_grad(), torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
+        for part in tqdm(tiles.split(at_once), desc="latents"):
             pixels = (part.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
             latents.append(vae.encode(pixels)[0].half().contiguous())
-    checkpoint.save_tensors(path, {"latents": torch.cat(latents)}, {"vae": fingerprint})
-    return torch.cat(latents)
+    latents = torch.cat(latents)
+    checkpoint.save_tensors(path, {"latents": latents}, {"vae": fingerprint})
+    return latents
 
 
 def initialise(transformer):
@@ -365,8 +437,8 @@ class WindowPatchEmbed(PatchEmbed):
         code = sincos_grid(base, base, patches.shape[1], base,
                            self.interpolation_scale).float().view(base, base, -1)
         (top, left), (height, width) = self.origin, patches.shape[2:]
-        return (rearrange(patches, "b d h w -> b (h w) d")
-                + code[top:top + height, left:left + width].flatten(0, 1))
+        part = code[top:top + height, left:left + width].flatten(0, 1)
+        return rearrange(patches, "b d h w -> b (h w) d") + moved(part, patches.device)
 
 
 def latent_moments(latents):
@@ -377,7 +449,7 @@ def latent_moments(latents):
 def contrastive_loss(first, second):
     """InfoNCE (van den Oord et al. 2018), both ways: row i of one view knows row i of the other."""
     cosines = F.normalize(first, dim=1) @ F.normalize(second, dim=1).T / TEMPERATURE
-    labels = torch.arange(len(first))
+    labels = torch.arange(len(first), device=first.device)
     return (F.cross_entropy(cosines, labels) + F.cross_entropy(cosines.T, labels)) / 2
 
 
@@ -387,12 +459,12 @@ def draw_crops(tiles, latents, batch, side, generator):
     → their latents (B, C, side, side), what the encoder is shown of them (B, 3, h, h) in [0, 1],
     and the window's (row, column) in patches.
     """
-    rows = torch.randint(len(tiles), (batch,), generator=generator)
+    rows = moved(torch.randint(len(tiles), (batch,), generator=generator), tiles.device)
     top, left = (  # in latent cells
         2 * torch.randint(17 - side // 2, (2,), generator=generator)).tolist()
-    x0 = latents[rows, :, top:top + side, left:left + side].float()
+    x0 = latents[:, :, top:top + side, left:left + side][rows].float()
     pixels = [slice(8 * start, 8 * (start + side)) for start in (top, left)]
-    seen = torch.stack([tiles[i][:, pixels[0], pixels[1]] for i in rows]).float() / 255
+    seen = tiles[:, :, pixels[0], pixels[1]][rows].float() / 255
     seen = F.interpolate(seen, NANO_ENCODER["img_size"] * side // 32, mode="bilinear",
                          antialias=True)
     return x0, seen, (top // 2, left // 2)
@@ -400,6 +472,7 @@ def draw_crops(tiles, latents, batch, side, generator):
 
 def train_transformer(args, work, tiles, latents):
     """Joint stage: the encoder learns what the denoiser needs; half tiles (128 px), then whole."""
+    device = args.device
     torch.manual_seed(args.seed)
     transformer, encoder = PixCellTransformer(NANO_TRANSFORMER), TileEncoder(NANO_ENCODER)
     initialise(transformer)
@@ -408,11 +481,12 @@ def train_transformer(args, work, tiles, latents):
             args.start_from / "transformer").state_dict(), args.start_from)
         checkpoint.load_strict(encoder, TileEncoder.from_pretrained(
             args.start_from / "uni").state_dict(), args.start_from)
+    transformer.to(device), encoder.to(device)
     window = WindowPatchEmbed(NANO_TRANSFORMER, transformer.proj_out.in_features)
     window.proj = transformer.pos_embed.proj
     transformer.pos_embed = window
     schedule, C = NoiseSchedule.linear(), NANO_TRANSFORMER.in_channels
-    head = torch.nn.Linear(NANO_ENCODER["embed_dim"], 2 * C)  # for training alone
+    head = torch.nn.Linear(NANO_ENCODER["embed_dim"], 2 * C).to(device)  # for training alone
     trained = {"transformer": transformer}
     if not args.freeze_encoder:
         trained |= {"encoder": encoder, "head": head}
@@ -420,35 +494,39 @@ def train_transformer(args, work, tiles, latents):
     total = args.half_steps + args.steps
     moments = latent_moments(latents[::max(1, len(latents) // 1000)].float())
     center, spread = moments.mean(0), moments.std(0)
-    mean, std = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (torch.tensor(v, device=device)[:, None, None]
+                 for v in (IMAGENET_MEAN, IMAGENET_STD))
 
     def view(crops, generator):
         """Crops as the encoder sees them: another stain, another symmetry each. → tokens (B, E)"""
         crops = stain_jitter(crops, generator)
         elements = torch.randint(8, (len(crops),), generator=generator)
-        crops = torch.stack([dihedral(crop, int(e)) for crop, e in zip(crops, elements)])
-        return encoder.vit((crops - mean) / std)
+        return encoder.vit((dihedral_each(crops, moved(elements, device)) - mean) / std)
 
     def loss_at(generator):
         half = trainer.step < args.half_steps
-        batch, side = (BATCH_128, 16) if half else (BATCH_256, 32)
+        batch, side = (args.half_batch, 16) if half else (args.batch, 32)
         x0, seen, window.origin = draw_crops(tiles, latents, batch, side, generator)
-        noise = torch.randn(x0.shape, generator=generator)
+        noise = moved(torch.randn(x0.shape, generator=generator), device)
         # Stratified timesteps, one from each of `batch` ranges: batches differ less in difficulty.
         t = ((torch.arange(batch) + torch.rand(batch, generator=generator)) / batch * 1000
              ).long().clamp(max=999)
-        noisy = schedule.add_noise(x0, noise, t)
-        drop = torch.rand(batch, 1, 1, generator=generator) < CONDITION_DROPOUT
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+        # The schedule's table lies on the CPU, so t's levels and weights are looked up there.
+        ones = torch.ones(batch, 1, 1, 1)
+        signal, spoil, weights, drop, t = (moved(drawn, device) for drawn in (
+            schedule.add_noise(ones, 0 * ones, t), schedule.add_noise(0 * ones, ones, t),
+            timestep_weights(schedule, t, LOSS_WEIGHTING),
+            torch.rand(batch, 1, 1, generator=generator) < CONDITION_DROPOUT, t))
+        noisy = signal * x0 + spoil * noise
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
             with torch.set_grad_enabled(not args.freeze_encoder):
                 first = view(seen, generator)
             tokens = torch.where(drop, transformer.uncond_embedding, first[:, None].float())
             predicted = transformer(noisy, t, tokens)[:, :C].float()
-        weights = timestep_weights(schedule, t, LOSS_WEIGHTING)
         loss = (weights * (predicted - noise).pow(2).mean(dim=(1, 2, 3))).mean()
         if args.freeze_encoder:
             return loss
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
             second, guessed = view(seen, generator), head(first).float()
         # What the denoiser asks of one token comes through slowly: the encoder is also to tell a
         # tile from the others of the batch, and to know its latents' mean and spread.
@@ -506,10 +584,10 @@ def write_encoder(folder, tensors):
 
 def round_trip_psnr(vae, images) -> float:
     """PSNR in dB of encode → decode over 256-px RGB images, from the mean squared error of all."""
-    errors = []
+    errors, device = [], next(vae.parameters()).device
     for image in images:
         with torch.no_grad():
-            rebuilt = vae.decode(vae.encode(image_to_tensor(image)[None])[0])[0]
+            rebuilt = vae.decode(vae.encode(image_to_tensor(image)[None].to(device))[0])[0]
         difference = np.asarray(tensor_to_image(rebuilt), float) - np.asarray(image, float)
         errors.append((difference**2).mean())
     return 10 * math.log10(255**2 / np.mean(errors))
@@ -538,13 +616,21 @@ def main(arguments=None):
     parser.add_argument("--vae-steps", type=int, default=400,
                         help="VAE steps on 256-px tiles, batch 2")
     parser.add_argument("--half-steps", type=int, default=2000,
-                        help="joint steps on 128-px windows, batch 64")
+                        help="joint steps on 128-px windows")
     parser.add_argument("--steps", type=int, default=1500,
-                        help="joint steps on 256-px tiles, batch 16")
+                        help="joint steps on 256-px tiles")
+    parser.add_argument("--half-batch", type=positive_int, default=64,
+                        help="windows in a joint step of --half-steps")
+    parser.add_argument("--batch", type=positive_int, default=16,
+                        help="tiles in a joint step of --steps")
     parser.add_argument("--vae-learning-rate", type=float, default=1e-3)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True,
                         help="bfloat16 autocast")
+    parser.add_argument("--device", type=DEVICE, default="auto",
+                        help="auto: cuda where there is one, else cpu")
+    parser.add_argument("--workers", type=positive_int, default=os.cpu_count(),
+                        help="processes that make the tile bank")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0: PyTorch's choice")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
@@ -552,6 +638,7 @@ def main(arguments=None):
     if args.threads:
         torch.set_num_threads(args.threads)
     try:
+        args.device = choose_device(args.device)
         if args.freeze_encoder and not args.start_from:
             raise ValueError("--freeze-encoder keeps the encoder of --start-from; name that base")
         tiles = training_tiles(args, args.work)
@@ -561,6 +648,7 @@ def main(arguments=None):
             vae = AutoencoderKL.from_pretrained(args.out / "vae")
         if args.measure:
             images = [fit_tile(read_tile(t.path), TILE, "resize") for t in find_tiles(args.measure)]
+            vae.to(args.device)
             print(f"VAE round trip on {len(images)} tiles of {args.measure}: "
                   f"{round_trip_psnr(vae, images):.2f} dB")
         if args.stage in ("all", "joint"):
