@@ -238,8 +238,9 @@ def test_a_step_lies_on_the_chosen_device_and_asks_it_for_no_number(
     assert sum(p.grad is not None for p in parameters) > 0.8 * len(parameters)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="needs a CUDA GPU"))])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU here")])])
 def test_a_miniature_base_is_made_and_loads_like_any_other(tmp_path, miniature, capsys, device):
     flags = ["--out", str(tmp_path / "base"), "--work", str(tmp_path / "work"),
              "--procedural", "3", "--vae-half-steps", "1", "--vae-steps", "1", "--half-steps", "2", "--steps", "2",
