@@ -24,6 +24,7 @@ import multiprocessing
 import statistics
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -49,6 +50,9 @@ SIZES = {  # transformer, VAE, encoder: what differs from PixCell-256, SD 3.5's 
               "reg_tokens": 2}),
 }
 TILES = 4  # of an epoch
+SPAWN = multiprocessing.get_context("spawn")
+IMPORTED = ["sides", "torch._dynamo", "peft", "timm", "pixcell_min.base", "pixcell_min.training",
+            "diffusers", "diffusers.models.transformers.pixart_transformer_2d"]  # with --ahead
 WORDS = {"fp16": "fp16", "bf16": "bf16", "no": "float32"}  # of precisions, in names of cases
 
 
@@ -99,8 +103,7 @@ def cases(device="cpu") -> dict[str, dict]:
 class Side:
     """A process that serves one side of a case; built when made, gone after `close`."""
 
-    def __init__(self, side, case):
-        context = multiprocessing.get_context("spawn")
+    def __init__(self, side, case, context=SPAWN):
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(theirs, side, case), daemon=True)
         self.process.start()
@@ -117,12 +120,13 @@ class Side:
         self.process.join()
 
 
-def start(case: dict) -> tuple[dict, dict]:
-    """(both sides of a case, the first turn of each)."""
+def start(case: dict, context) -> tuple[dict, dict]:
+    """(both sides of a case, the first turn of each); context: of multiprocessing."""
     if case["kind"] == "epoch":  # the features that later passes read, in a process that ends
-        first = Side("ours", case | {"kind": "first pass"})
+        first = Side("ours", case | {"kind": "first pass"}, context)
         first.ask("run"), first.close()
-    sides = {"ours": Side("ours", case), "peer": Side("peer", case | case.get("peer", {}))}
+    sides = {name: Side(name, case | its, context)
+             for name, its in (("ours", {}), ("peer", case.get("peer", {})))}
     return sides, {name: side.ask("run") for name, side in sides.items()}
 
 
@@ -252,8 +256,8 @@ def main(argv=None) -> None:
     parser.add_argument("--repeats", type=int, default=5, help="timed turns")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--ahead", type=int, default=1,
-                        help="cases started side by side, to be timed one by one: for a GPU and "
-                        "many cores; first_seconds then says little")
+                        help="cases started side by side, to be timed one by one: for a GPU with "
+                        "many cores beside it; first_seconds and the CPU's memory then say little")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--work", type=Path, default=Path("runs/compare"), help="for networks, kept")
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write and to go on from")
@@ -274,6 +278,11 @@ def main(argv=None) -> None:
     chosen = [name for name in chosen
               if results.get(f"{args.size} {name}", {}).get("settings") != settings[name]]
     paths = {"base": str(base), "tiles": str(base / "tiles")}
+    # Alone, a side imports for itself, so that its memory is its own; many are forked from one
+    # process that has imported all.
+    context = SPAWN if args.ahead == 1 else multiprocessing.get_context("forkserver")
+    if args.ahead > 1:
+        context.set_forkserver_preload(IMPORTED)
     with (tqdm(total=len(chosen) * args.repeats, unit="turn", disable=None) as bar,
           ThreadPoolExecutor(args.ahead) as pool):
         for begin in range(0, len(chosen), args.ahead):
@@ -282,7 +291,8 @@ def main(argv=None) -> None:
             made = [found[name] | common | paths | {"cache": str(base / f"cache-{name}")}
                     for name in names]
             bar.set_description(f"starting {', '.join(names)}")
-            for name, case, started in zip(names, made, [*pool.map(start, made)], strict=True):
+            for name, case, started in zip(names, made, [*pool.map(
+                    partial(start, context=context), made)], strict=True):
                 bar.set_description(name)
                 results[f"{args.size} {name}"] = measure(case, *started, args.repeats, bar) | {
                     "settings": settings[name], "commit": commit(), "machine": machine()}

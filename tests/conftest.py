@@ -132,6 +132,14 @@ def arguments(tiny_base, tiles, tmp_path):
             "--warmup-steps", "1", "--learning-rate", "0.01"]
 
 
+@pytest.fixture
+def reset_determinism():
+    """The switch is the process's."""
+    yield
+    torch.use_deterministic_algorithms(False)
+    os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+
+
 def metrics(run):
     """The lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

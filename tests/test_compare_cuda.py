@@ -188,7 +188,7 @@ class AnsweringSide:
 
     memory = {"imported_mb": 500.0}
 
-    def __init__(self, side, case):
+    def __init__(self, side, case, context):
         self.seconds = {"ours": 1.0, "peer": 2.0}[side]
 
     def ask(self, order):
@@ -203,7 +203,7 @@ class AnsweringSide:
 
 def measured(case, repeats):
     return compare.measure(
-        case, *compare.start(case), repeats, SimpleNamespace(update=lambda: None))
+        case, *compare.start(case, None), repeats, SimpleNamespace(update=lambda: None))
 
 
 def test_a_gpus_row_has_steps_per_second_and_share_of_the_matrix_rate(monkeypatch):

@@ -63,7 +63,7 @@ def test_the_embedded_base_gives_the_cpus_numbers(precision):
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(3, 16, 32, 32, generator=generator)
     tokens, t = torch.randn(3, 1, 288, generator=generator), torch.tensor([20, 500, 990])
-    with torch.no_grad():
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         expected = cpu.transformer(latents, t, tokens)
         with torch.autocast("cuda", gpu.dtype, enabled=gpu.dtype is not None):
             result = gpu.transformer(latents.cuda(), t.cuda(), tokens.cuda())
@@ -95,7 +95,8 @@ def test_an_image_is_the_cpus_but_for_rounding():
 
 
 @pytest.mark.parametrize("precision", ["auto", "bf16", "no"])
-def test_training_is_repeated_and_resumed_bit_for_bit(precision, arguments, tmp_path, monkeypatch):
+def test_training_is_resumed_bit_for_bit(
+        precision, arguments, tmp_path, monkeypatch, reset_determinism):
     flags = [*arguments, "--device", "cuda", "--mixed-precision", precision, "--deterministic",
              "--save-every", "2"]
     assert train.main(flags) == 0

@@ -579,14 +579,6 @@ def test_the_code_hash_sees_a_changed_source(tmp_path):
 
 # ------------------------------------------------------------------------------ --deterministic
 
-@pytest.fixture
-def reset_determinism():
-    """The switch is the process's."""
-    yield
-    torch.use_deterministic_algorithms(False)
-    os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
-
-
 def test_deterministic_gives_the_same_bytes_twice_and_refuses_what_could_not(
         arguments, tmp_path, one_thread, reset_determinism, monkeypatch):
     flags = [*arguments, "--deterministic", "--sample-count", "1", "--lora-dropout", "0.1"]
