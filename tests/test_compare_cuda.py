@@ -257,7 +257,7 @@ def test_work_is_all_products_of_a_run_once_more_where_they_are_computed_again(c
     product = torch.compile(lambda a, b: a @ b, backend=compiler)
     assert not product(torch.ones(2, 3), torch.ones(3, 5)).any()
     work = sides.work_of(lambda: product(torch.ones(2, 3), torch.ones(3, 5)),
-                         {"device": "cpu", "precision": "bf16 autocast"})
+                         {"kind": "forward", "device": "cpu", "precision": "bf16 autocast"})
     assert work == {"flop": 2 * 2 * 3 * 5, "matrix_flop_per_second": ("cpu", torch.bfloat16)}
     counted = []
     for checkpointing in (False, True):
@@ -267,6 +267,11 @@ def test_work_is_all_products_of_a_run_once_more_where_they_are_computed_again(c
             assert work["matrix_flop_per_second"] == ("cpu", torch.float32)
             counted.append(work["flop"])
     ours, peer, ours_again, peer_again = counted
+    given = {"kind": "sample", "device": "cpu", "precision": "no", "steps": 50}
+    seen = []
+    work = sides.work_of(lambda steps: [seen.append(torch.ones(2, 3) @ torch.ones(3, 5))
+                                        for _ in range(steps)], given)
+    assert len(seen) == sides.COUNTED_STEPS < 50 and work["flop"] == 50 * 2 * 2 * 3 * 5
     assert 0 < ours < peer and ours < ours_again and peer < peer_again
 
 
