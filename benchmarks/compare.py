@@ -21,6 +21,7 @@ ours computes it in float32 then. Float32 convolutions are torch's default, TF32
 import argparse
 import json
 import multiprocessing
+import os
 import statistics
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -282,6 +283,7 @@ def main(argv=None) -> None:
     # process that has imported all.
     context = SPAWN if args.ahead == 1 else multiprocessing.get_context("forkserver")
     if args.ahead > 1:
+        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # CUDA, once asked, could not be forked
         context.set_forkserver_preload(IMPORTED)
     with (tqdm(total=len(chosen) * args.repeats, unit="turn", disable=None) as bar,
           ThreadPoolExecutor(args.ahead) as pool):
