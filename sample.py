@@ -21,6 +21,7 @@ from pixcell_min.formats import lora_files
 from pixcell_min.images import image_grid, save_png
 from pixcell_min.lora import lora_disabled
 from pixcell_min.pipeline import GUIDANCE_SCALE
+from pixcell_min.precision import refusal
 from pixcell_min.runs import shared_files
 from pixcell_min.schedulers import SCHEDULER_NAMES
 
@@ -102,8 +103,12 @@ def main(argv=None) -> int:
     options = parse_sample(argv)
     try:
         sample(options)
-    except (ValueError, OSError) as error:
-        print(f"sample.py: error: {one_line(error)}", file=sys.stderr)
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        line = error if isinstance(error, (ValueError, OSError)) else refusal(
+            error, "draw where there is more, say with --device cpu")
+        if line is None:
+            raise  # a fault of ours: with its traceback
+        print(f"sample.py: error: {one_line(line)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("sample.py: interrupted; the images finished so far are kept", file=sys.stderr)

@@ -321,11 +321,13 @@ def columns(name: str, its: dict) -> dict[str, str]:
     memory = {f"{side} MB": f"{peak[side]:.0f}" for side in ("peer", "ours")}
     difference = {"difference": cell(its["difference"], ".1e")}
     if its["settings"]["device"] == "cuda":
-        for what, key, form in (("steps per s", "steps_per_second", ".3g"),
-                                ("of the matrix rate", "matrix_share", ".0%"),
-                                ("busy", "busy", ".0%")):
-            found |= {f"{side} {what}": cell(its[key][side], form) for side in ("peer", "ours")}
-        return found | memory | {"memory ratio": f"{its['memory_ratio']:.2f}"} | difference
+        alone = its["work"]["ours"]["kernel_seconds"] / its["work"]["peer"]["kernel_seconds"]
+        return found | {"kernels alone": f"{alone:.2f}"} | {
+            f"{what}, peer / ours": " / ".join(cell(its[key][side], form) for side in ("peer", "ours"))
+            for what, key, form in (
+                ("steps per s", "steps_per_second", ".3g"), ("matrix rate", "matrix_share", ".1%"),
+                ("busy", "busy", ".0%"), ("MB", "peak_mb", ".0f"))} | {
+            "memory ratio": f"{its['memory_ratio']:.2f}"} | difference
     return found | {"of CPU time": f"{its['cpu_ratio']['median']:.2f}"} | memory | {
         "memory ratio (without torch)":
             f"{its['memory_ratio']:.2f} ({its['memory_ratio_without_torch']:.2f})"} | difference

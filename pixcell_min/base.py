@@ -133,12 +133,13 @@ def load_vae(base=None, device="auto", decoder_dtype=None) -> AutoencoderKL:
     decoder_dtype: of autocast around the decoder, or None. Raises: ValueError: missing or broken.
     """
     def prepare(vae):
-        vae.to(memory_format=torch.channels_last)  # a CPU convolves faster so
+        if device.type == "cpu":  # where it is faster; CUDA's group norm would change it each time
+            vae.to(memory_format=torch.channels_last)
         hold_products_in(vae.decoder, decoder_dtype)
 
-    base = find_base(base)
+    base, device = find_base(base), choose_device(str(device))
     vae = AutoencoderKL.from_pretrained(base / "vae", vae_weights(base), prepare=prepare)
-    return vae.requires_grad_(False).to(choose_device(str(device)))
+    return vae.requires_grad_(False).to(device)
 
 
 def read_vae_config(base=None) -> VAEConfig:

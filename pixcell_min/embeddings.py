@@ -17,8 +17,12 @@ MAX_PERIOD = 10000.0
 
 
 @lru_cache(maxsize=8)
-def sincos_grid(height, width, channels, base_size, interpolation_scale, phase=0.0):
-    """2-D sine-cosine position code (height·width, channels), float64, row by row, on the CPU."""
+def sincos_grid(height, width, channels, base_size, interpolation_scale, phase=0.0, device="cpu",
+                dtype=torch.float64):
+    """2-D sine-cosine position code (height·width, channels), row by row; kept for the next call.
+
+    Computed in float64 on the CPU, so alike for every `device` and `dtype`.
+    """
     def axis(count):  # positions in units of the training grid, (count, channels / 2)
         # The device is named, or under `torch.device("meta")` the cached table holds no numbers.
         steps = torch.arange(max(count, channels // 4), dtype=torch.float64, device="cpu")
@@ -30,7 +34,8 @@ def sincos_grid(height, width, channels, base_size, interpolation_scale, phase=0
     # The column's code comes first (w before h), then the row's; each is sines, then cosines.
     columns = axis(width)[None].expand(height, -1, -1)
     rows = axis(height)[:, None].expand(-1, width, -1)
-    return torch.cat([columns, rows], dim=2).reshape(height * width, channels)
+    code = torch.cat([columns, rows], dim=2).reshape(height * width, channels)
+    return code.to(device, dtype)
 
 
 def timestep_sinusoid(timesteps):
@@ -62,11 +67,11 @@ class PatchEmbed(nn.Module):
     def forward(self, latents):
         patches = self.proj(latents)                                         # (B, D, H/p, W/p)
         height, width = patches.shape[2:]
-        code = sincos_grid(height, width, patches.shape[1], self.base_size,
-                           self.interpolation_scale)                         # (N, D)
         # At least float32: half-precision patches must not set the residual stream's precision.
         dtype = torch.promote_types(torch.float32, patches.dtype)
-        return rearrange(patches, "b d h w -> b (h w) d") + code.to(patches.device, dtype)
+        code = sincos_grid(height, width, patches.shape[1], self.base_size,
+                           self.interpolation_scale, 0.0, patches.device, dtype)  # (N, D)
+        return rearrange(patches, "b d h w -> b (h w) d") + code
 
 
 class TimestepModulation(nn.Module):

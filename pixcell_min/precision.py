@@ -9,6 +9,8 @@ import os
 import torch
 from torch import nn
 
+LESS = ("start anew with --gradient-checkpointing or a smaller --batch-size and more "
+        "--gradient-accumulation-steps")  # memory in training
 DTYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -70,17 +72,16 @@ def hold_products_in(network: nn.Module, dtype: torch.dtype | None) -> None:
                              for name, tensor in network.state_dict().items()}, assign=True)
 
 
-def refusal(error) -> str | None:
+def refusal(error, less: str = LESS) -> str | None:
     """What the device refused, in a line: memory, or an operation after `make_deterministic`.
 
-    None if the error is another one: a fault of this code, whose traceback is wanted.
+    None if the error is another one: a fault of this code, whose traceback is wanted. less: advice
+    to who has too little memory.
     """
     sentences = " ".join(str(error).split()).split(". ")  # torch goes on with advice of its own
     if isinstance(error, MemoryError) or any(
             words in str(error).lower() for words in ("out of memory", "can't allocate memory")):
-        return (f"{'. '.join(sentences[:2]) or 'out of memory'}; free some, or start anew with "
-                "--gradient-checkpointing or a smaller --batch-size and more "
-                "--gradient-accumulation-steps")
+        return f"{'. '.join(sentences[:2]) or 'out of memory'}; free some, or {less}"
     if "deterministic" in str(error).lower():
         return f"{sentences[0]}; start anew without --deterministic"
     return None

@@ -232,11 +232,13 @@ def test_a_gpus_table_has_its_own_columns(monkeypatch):
             "settings": {"device": device}} for kind in ("train", "epoch")}
         tables[device] = compare.table(results | {"full load": {}}, "tiny").splitlines()
     assert tables["cuda"] == [
-        "| case | peer s | ours s | ratio (min…max) | peer steps per s | ours steps per s | "
-        "peer of the matrix rate | ours of the matrix rate | peer busy | ours busy | peer MB | ours MB | memory ratio | "
-        "difference |", "|" + "---|" * 14,
-        "| train | 2 | 1 | 0.50 (0.50…0.50) | 0.5 | 1 | 30% | 60% | 25% | 50% | 160 | 80 | 0.50 | 0.0e+00 |",
-        "| epoch | 2 | 1 | 0.50 (0.50…0.50) | – | – | 30% | 60% | 25% | 50% | 160 | 80 | 0.50 | – |"]
+        "| case | peer s | ours s | ratio (min…max) | kernels alone | steps per s, peer / ours | "
+        "matrix rate, peer / ours | busy, peer / ours | MB, peer / ours | memory ratio | difference |",
+        "|" + "---|" * 11,
+        "| train | 2 | 1 | 0.50 (0.50…0.50) | 1.00 | 0.5 / 1 | 30.0% / 60.0% | 25% / 50% | 160 / 80 "
+        "| 0.50 | 0.0e+00 |",
+        "| epoch | 2 | 1 | 0.50 (0.50…0.50) | 1.00 | – / – | 30.0% / 60.0% | 25% / 50% | 160 / 80 "
+        "| 0.50 | – |"]
     assert tables["cpu"][0].count("|") == 10 and len(tables["cpu"]) == 4
     assert tables["cpu"][3] == ("| epoch | 2 | 1 | 0.50 (0.50…0.50) | 1.00 | 160 | 80 | 0.50 (1.24) "
                                 "| – |")

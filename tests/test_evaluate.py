@@ -230,6 +230,17 @@ def test_rerun_draws_nothing_again_and_bytes_do_not_depend_on_other_tiles(made, 
     assert len(shared) == 2 and any(before.get(name) == content for name, content in shared.items())
 
 
+def test_too_little_memory_is_one_line_and_a_fault_of_ours_a_traceback(made, monkeypatch, capsys):
+    def fail(*given):
+        raise errors.pop()
+    errors = [RuntimeError("shape '[2]' is invalid"), MemoryError()]
+    monkeypatch.setattr(evaluate, "evaluate", fail)
+    assert "out of memory; free some, or draw where there is more, say with --device cpu" in refused(
+        command("tiles", "run"), capsys)
+    with pytest.raises(RuntimeError, match="shape"):
+        evaluate.main(command("tiles", "run"))
+
+
 def test_other_settings_in_the_same_folder_are_refused_by_name(made, capsys):
     tiles, run, _ = made
     before = drawn(run / "evaluation")

@@ -299,6 +299,8 @@ def test_the_decoder_is_held_in_the_dtype_it_computes_in(mixed_precision):
     assert {p.dtype for p in cast.encoder.parameters()} == {torch.float32}
     for vae in (cast, plain):
         assert vae.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    elsewhere = load_vae(NANO, "meta").decoder.conv_in.weight  # as on a GPU
+    assert elsewhere.is_contiguous()
     latents = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), autocast(torch.device("cpu"), held if held != torch.float32 else None):
         inside = cast.decode(latents)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import sample
@@ -237,6 +238,20 @@ def test_lora_and_adapter_of_another_base_are_refused(flags, run, tmp_path, caps
     assert sample.main([*flags, *other, "--adapter", str(tmp_path / "a.pth")]) == 2
     error = capsys.readouterr().err
     assert "LoRA of base" in error and error.count("\n") == 1
+
+
+def test_too_little_memory_is_one_line_and_a_fault_of_ours_a_traceback(flags, monkeypatch, capsys):
+    def fail(*given):
+        raise errors.pop()
+    errors = [RuntimeError("shape '[2]' is invalid"), torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"), MemoryError()]
+    monkeypatch.setattr(sample, "load_pixcell_base", fail)
+    for beginning in ("out of memory", "CUDA out of memory. Tried to allocate 2.00 GiB"):
+        assert sample.main(flags) == 2
+        assert capsys.readouterr().err == (
+            f"sample.py: error: {beginning}; free some, or draw where there is more, say with --device cpu\n")
+    with pytest.raises(RuntimeError, match="shape"):
+        sample.main(flags)
 
 
 @pytest.mark.parametrize("extra, named", [

@@ -238,6 +238,15 @@ def test_position_code_is_numbers_after_a_model_on_the_meta_device():
     assert sincos_grid(1, 5, 8, 3, 0.7).device.type == "cpu"
 
 
+def test_position_code_is_made_once_for_a_device_and_dtype():
+    code = sincos_grid(2, 3, 8, 4, 0.5)
+    for device, dtype in (("cpu", torch.float32), ("meta", torch.float64)):
+        other = sincos_grid(2, 3, 8, 4, 0.5, 0.0, device, dtype)
+        assert other is sincos_grid(2, 3, 8, 4, 0.5, 0.0, device, dtype)  # a GPU would wait for a copy
+        assert (other.device.type, other.dtype) == (device, dtype)
+    assert torch.equal(sincos_grid(2, 3, 8, 4, 0.5, 0.0, "cpu", torch.float32), code.float())
+
+
 def test_position_code_distinguishes_places_of_a_grid_that_is_not_square():
     model = tiny()
     codes = model.pos_embed(torch.zeros(1, 16, 4, 12))[0]

@@ -34,6 +34,7 @@ from pixcell_min.data import Tile, find_tiles, fit_tile, read_tile
 from pixcell_min.images import read_settings, save_png
 from pixcell_min.lora import lora_disabled
 from pixcell_min.pipeline import GUIDANCE_SCALE
+from pixcell_min.precision import refusal
 from pixcell_min.runs import shared_files
 from pixcell_min.schedulers import SCHEDULER_NAMES
 from pixcell_min.tools import report
@@ -85,8 +86,12 @@ def main(argv=None) -> int:
     options = parse_evaluate(argv)
     try:
         result = evaluate(options)
-    except (ValueError, OSError) as error:
-        print(f"evaluate: error: {one_line(error)}", file=sys.stderr)
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        line = error if isinstance(error, (ValueError, OSError)) else refusal(
+            error, "draw where there is more, say with --device cpu")
+        if line is None:
+            raise  # a fault of ours: with its traceback
+        print(f"evaluate: error: {one_line(line)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("evaluate: interrupted; the images drawn so far are kept, the same command goes on",

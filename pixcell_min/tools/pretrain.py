@@ -434,11 +434,11 @@ class WindowPatchEmbed(PatchEmbed):
     def forward(self, latents):
         """latents (B, C, h, w) → (B, N, D); as PatchEmbed for a whole tile at origin (0, 0)."""
         patches, base = self.proj(latents), self.base_size
-        code = sincos_grid(base, base, patches.shape[1], base,
-                           self.interpolation_scale).float().view(base, base, -1)
+        code = sincos_grid(base, base, patches.shape[1], base, self.interpolation_scale, 0.0,
+                           patches.device, torch.float32).view(base, base, -1)
         (top, left), (height, width) = self.origin, patches.shape[2:]
         part = code[top:top + height, left:left + width].flatten(0, 1)
-        return rearrange(patches, "b d h w -> b (h w) d") + moved(part, patches.device)
+        return rearrange(patches, "b d h w -> b (h w) d") + part
 
 
 def latent_moments(latents):
