@@ -16,6 +16,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
 from pixcell_min.checkpoint import file_hash, read_json
+from pixcell_min.loading import move
 from pixcell_min.pipeline import PixCellPipeline
 from pixcell_min.precision import choose_device, choose_dtype, decoding_dtype, hold_products_in
 from pixcell_min.released import RELEASES, VAE_FILE, how_to_get, release_of
@@ -109,8 +110,8 @@ def load_pixcell_base(path=None, device="auto", mixed_precision="auto") -> PixCe
     dtype = choose_dtype(mixed_precision, device)
     transformer = PixCellTransformer.from_pretrained(
         base / "transformer", prepare=lambda network: hold_products_in(network, dtype),
-        leave_inert=device.type == "cpu")  # a GPU copies all, so there they had better be converted
-    transformer.requires_grad_(False).to(device)
+        leave_inert=True)
+    move(transformer.requires_grad_(False), device, leave=transformer.inert_layers())
     return PixCellPipeline(transformer, partial(load_vae, base, device, decoding_dtype(dtype)),
                            partial(load_encoder, base, device), schedule,
                            base_hash=file_hash(base / "transformer" / TRANSFORMER_WEIGHTS),

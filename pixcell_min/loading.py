@@ -48,6 +48,13 @@ def load_weights(module, path, leave=()) -> None:
     load_strict(module, tensors, path)
 
 
+def move(module, device, leave=()) -> None:
+    """Put `module` on a device, all but the layers named in `leave`: they stay where they are."""
+    for name, part in module.named_modules():
+        if name not in leave:
+            part._apply(lambda tensor: tensor.to(device), recurse=False)
+
+
 def _differs(tensor, place):
     """Whether they are of one shape, yet of other dtypes or memory orders."""
     strides = [(a, b) for size, a, b in zip(tensor.shape, tensor.stride(), place.stride())

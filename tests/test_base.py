@@ -145,7 +145,7 @@ def test_a_loaded_base(tiny_base):
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("stored", [torch.float16, torch.float32])
-def test_a_cpu_leaves_inert_layers_in_the_file_and_a_gpu_has_them_converted(
+def test_inert_layers_stay_in_the_file_whatever_the_device(
         own_base, stored, device, precision):
     path = own_base / "transformer" / WEIGHTS_NAME
     save_tensors(path, {name: t.to(stored) for name, t in read_tensors(path)[0].items()})
@@ -154,8 +154,11 @@ def test_a_cpu_leaves_inert_layers_in_the_file_and_a_gpu_has_them_converted(
     assert inert
     for name, layer in transformer.named_modules():
         if isinstance(layer, torch.nn.Linear):
-            wanted = stored if name in inert and device == "cpu" else usual
+            wanted, place = (stored, "cpu") if name in inert else (usual, device)
             assert layer.weight.dtype == layer.bias.dtype == wanted, name
+            assert layer.weight.device.type == layer.bias.device.type == place, name
+    others = [*transformer.buffers(), transformer.scale_shift_table, transformer.uncond_embedding]
+    assert {tensor.device.type for tensor in others} == {device}
 
 
 @pytest.mark.parametrize("mixed_precision, dtype",
