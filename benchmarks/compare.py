@@ -321,8 +321,9 @@ def columns(name: str, its: dict) -> dict[str, str]:
     memory = {f"{side} MB": f"{peak[side]:.0f}" for side in ("peer", "ours")}
     difference = {"difference": cell(its["difference"], ".1e")}
     if its["settings"]["device"] == "cuda":
-        alone = its["work"]["ours"]["kernel_seconds"] / its["work"]["peer"]["kernel_seconds"]
-        return found | {"kernels alone": f"{alone:.2f}"} | {
+        kernels = [its["work"][side].get("kernel_seconds") for side in ("ours", "peer")]
+        alone = None if None in kernels else kernels[0] / kernels[1]
+        return found | {"kernels alone": cell(alone, ".2f")} | {
             f"{what}, peer / ours": " / ".join(cell(its[key][side], form) for side in ("peer", "ours"))
             for what, key, form in (
                 ("steps per s", "steps_per_second", ".3g"), ("matrix rate", "matrix_share", ".1%"),

@@ -67,11 +67,12 @@ def work_of(run, case) -> dict:
     scale = 1
     if case["kind"] == "sample":
         scale, run = case["steps"] / COUNTED_STEPS, partial(run, COUNTED_STEPS)
-    with FlopCounterMode(display=False) as counter:  # torch runs nothing compiled within it
+    # Kernels first: torch runs nothing compiled while FLOP are counted, and not always after it.
+    counted = kernels_of(run) if case["device"] == "cuda" else {}
+    with FlopCounterMode(display=False) as counter:
         run()
+    counted["flop"] = counter.get_total_flops()
     dtype = choose_dtype(case["precision"].removesuffix(" autocast"), torch.device(case["device"]))
-    counted = {"flop": counter.get_total_flops()} | (
-        kernels_of(run) if case["device"] == "cuda" else {})
     return {what: scale * its for what, its in counted.items()} | {
         "matrix_flop_per_second": matrix_rate(case["device"], dtype or torch.float32)}
 

@@ -443,6 +443,52 @@ def test_the_readmes_words_on_memory_are_those_of_the_results():
                   f"{kept[0]:.2f} and {kept[1]:.2f}", f"and the file's 2,432 MB alone are {least:.2f}")
 
 
+def test_the_readmes_words_on_a_gpu_are_those_of_the_results():
+    rows = {name.removeprefix("full "): its for name, its in RESULTS["compare_h200"].items()}
+    table = benchmark("compare").table(RESULTS["compare_h200"], "full")
+    assert " ".join(table.split()) in README and {its["commit"] for its in rows.values()} == {"d09b0bd"}
+
+    def between(names, value, digits=2, joint=" to "):
+        values = [value(rows[name]) for name in names]
+        return joint.join(f"{limit:.{digits}f}" for limit in (min(values), max(values)))
+
+    def ratio(its):
+        return its["ratio"]["median"]
+
+    def alone(its):
+        return its["work"]["ours"]["kernel_seconds"] / its["work"]["peer"]["kernel_seconds"]
+
+    def rate(its):
+        return its["work"]["ours"]["matrix_flop_per_second"] / 1e12
+
+    compiled = [name for name in rows if "compiled" in name]
+    eager = [name for name in rows if name not in compiled and name != "load"]
+    half = [name for name in eager if not name.endswith("float32")]
+    train = [name for name in eager if name.startswith("train")]
+    sampling = [name for name in half if name.startswith("sample")]
+    vae = [f"{part}-{word}" for word in ("bf16", "float32") for part in ("encode", "decode")]
+    others = [name for name in half if name not in vae]
+    assert_quoted(
+        f"{len(rows)} of the {len(benchmark('compare').cases('cuda'))} cases",
+        f"busy for {between(others, lambda its: 100 * its['busy']['ours'], 0)} % of ours' turns",
+        f"host's {between([n for n in train if n in half], lambda its: 1e6 * its['seconds']['ours'] / its['work']['ours']['kernels'], 0)} µs per kernel",
+        f"starts {between(train, lambda its: its['work']['ours']['kernels'] / its['work']['peer']['kernels'])} of the peer's kernels",
+        f"a training step takes {between([n for n in train if n in half], ratio)} of the peer's time, where the GPU alone would take "
+        f"{between([n for n in train if n in half], alone)}; sampling {between(sampling, ratio)}, alone",
+        f"the ratios are {between(compiled, ratio)}",
+        "in bf16 {:.2f} and {:.2f}".format(*(ratio(rows[name]) for name in vae[:2])),
+        "in float32 {:.2f} and {:.2f}, loading".format(*(ratio(rows[name]) for name in vae[2:])),
+        f"loading ({ratio(rows['load']):.2f}), and UNI2-h as timm makes it ({ratio(rows['encoder-float32']):.2f})")
+    assert {f"{alone(rows[name]):.2f}" for name in sampling} == {"0.93", "0.94"}
+    assert all(rate(rows[name]) == pytest.approx(51, abs=1) for name in eager if name not in half)
+    assert all(720 < rate(rows[name]) < 795 for name in half)
+    assert {name for name in rows if ratio(rows[name]) >= 1} == {
+        *vae[:2], "decode-float32", "load", "encoder-float32"}
+    inert = 2 * 28 * (1152**2 + 1152) * 2 / 1e6
+    assert_quoted(f"({inert:.0f} MB less in half precision)")
+    assert all(rows[name]["memory_ratio"] < 1.001 for name in rows if name not in vae)
+
+
 def test_the_readmes_other_tables_are_those_of_their_results():
     wanted = benchmark("compare").table(RESULTS["compare"], "full").splitlines()
     for its in RESULTS["guidance_interval"]["results"].values():
