@@ -348,7 +348,9 @@ def test_the_readmes_figures_in_words_are_those_of_the_results():
     losses = list(first["validation_loss"].values())
     trainable, share, total = re.search(
         r"= ([\d,]+) parameters, ([\d.]+) % of ([\d,]+)", first["printed"][0]).groups()
-    cosines = [f"{nano['guidance'][scale]['cosine']:.2f} at {scale}" for scale in ("1", "3", "9")]
+    cosines = [f"{nano['guidance'][scale]['cosine']:.2f} at {scale}" for scale in ("1", "2", "9")]
+    assert max(nano["guidance"], key=lambda scale: nano["guidance"][scale]["cosine"]) == "2"
+    others = [its["shuffled"] for its in nano["guidance"].values()]
     left = [its["variants"]["default"]["colour, % of base"] 
             for its in (RESULTS[f"adaptation_{name}"] for name in SECTIONS.values())]
     bf16, fp16 = (RESULTS["precision"]["relative_to_float32"][name] for name in ("bf16", "fp16"))
@@ -366,7 +368,8 @@ def test_the_readmes_figures_in_words_are_those_of_the_results():
             f"{first['file_bytes']['lora_weights.safetensors'] / 1e6:.2f} MB (LoRA)",
             f"{first['file_bytes']['adapter.safetensors'] / 1e6:.2f} MB (adapter)",
             f"with {nano['vae_psnr_db']['of the mean squared error']:.1f} dB",
-            f"cosine {', '.join(cosines)}; {len(nano['guidance_tiles'])} tiles",
+            f"cosine {', '.join(cosines)}; {len(nano['guidance_tiles'])} tiles; other tiles' conditions: "
+            f"{min(others):.2f} to {max(others):.2f};".replace("-", "−"),
             *map(percents, left))
 
 
