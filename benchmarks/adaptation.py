@@ -33,6 +33,7 @@ VARIANTS = {  # name → what differs from train.py's defaults, rank 8, alpha 16
     "rank 4, alpha 8": ["--rank", "4", "--alpha", "8"],
     "rank 4, alpha 16": ["--rank", "4", "--alpha", "16"],
     "rank 4, alpha 32": ["--rank", "4", "--alpha", "32"],
+    "rank 8, alpha 4": ["--rank", "8", "--alpha", "4"],
     "rank 8, alpha 8": ["--rank", "8", "--alpha", "8"],
     "rank 8, alpha 32": ["--rank", "8", "--alpha", "32"],
     "self-attention alone": ["--attention", "attn1"],
