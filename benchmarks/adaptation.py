@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from first_run import commit  # of this collecting; a run is of it or an earlier one
 from pixcell_min.data import find_tiles, read_tile
 from pixcell_min.tools.metrics import colour_shift
 from pixcell_min.tools.synthetic import FIRST, render_tile, second_laboratory
@@ -173,7 +174,7 @@ def collect(work, options) -> dict:
                                  for name, key in GAINS.items()},
             "file_bytes": last["file_bytes"],
             "training_seconds": summary([seconds(path.parent.parent) for path in paths])}
-    return {"name": options.name, "train_flags": options.train,
+    return {"name": options.name, "train_flags": options.train, "commit": commit(),
             **{key: last[key] for key in ("data", "tiles", "settings", "training_settings",
                                           "versions", "machine", "date")},
             "base_hash": last["hashes"]["base"], "variants": variants}

@@ -13,9 +13,8 @@ with the same settings is not measured again. Linux alone tells the peak memory 
 
 On a GPU, which wants a file of its own, there is fp16, too, trained with GradScaler; memory is what
 tensors take on the GPU; and each side is told its optimizer steps per second and its share of the
-rate at which the GPU multiplies large matrices in the case's precision. In fp16 ours computes the
-attention's scores, softmax and sum in float32, theirs in fp16. There is no fp16 row of the VAE:
-ours computes it in float32 then. Float32 convolutions are torch's default, TF32, on both sides.
+rate at which the GPU multiplies large matrices in the case's precision. There is no fp16 row of the
+VAE: ours computes it in float32 then. Float32 convolutions are torch's default, TF32, on both sides.
 """
 
 import argparse

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
 
 import pytest
@@ -61,7 +62,7 @@ def test_results_are_medians_over_the_seeds(tmp_path):
     options = type("Options", (), {"name": "try", "train": ""})
     results = adaptation.collect(tmp_path, options)
     variant = results["variants"]["rank 4, alpha 8"]
-    assert variant["seeds"] == 3 and list(results["variants"]) == ["rank 4, alpha 8"]
+    assert results["commit"] and variant["seeds"] == 3 and list(results["variants"]) == ["rank 4, alpha 8"]
     assert variant["columns"]["both"]["colour W1"] == {"median": 4.0, "values": [3.0, 9.0, 4.0]}
     assert variant["columns"]["both"]["nuclei r"] is None
     assert variant["colour, % of base"]["median"] == 40
@@ -83,6 +84,34 @@ def test_true_shift_is_that_of_the_stain_alone(tmp_path):
     same, other = (adaptation.true_shift(tmp_path / name) for name in (FIRST.name, SECOND.name))
     assert set(same) == {"colour W1", "H angle °", "E angle °"} == set(other)
     assert all(value == 0 for value in same.values()) and all(value > 2 for value in other.values())
+
+
+def test_the_first_run_is_that_of_the_readmes_command(tiny_base, tiles, tmp_path, monkeypatch):
+    first_run, real, commands = benchmark("first_run"), subprocess.run, []
+
+    def shortened(command, **options):
+        if "train.py" in str(command[1]):
+            commands.append(list(map(str, command)))
+            command = [*command, "--max-train-steps", "3", "--batch-size", "2", "--sample-count", "1"]
+        return real(command, **options)
+    monkeypatch.setattr(first_run.subprocess, "run", shortened)
+    monkeypatch.setenv("PIXCELL_BASE", str(tiny_base))
+    out, work = tmp_path / "first.json", tmp_path / "work"
+    monkeypatch.setattr(sys, "argv", ["first_run.py", "--data", str(tiles), "--out", str(out),
+                                      "--work", str(work)])
+    first_run.main()
+    result = json.loads(out.read_text())
+    assert commands == [[sys.executable, str(ROOT / "train.py"), "--rank", "8", "--alpha", "16", "--out",
+                         str(work / "run"), "--cache", str(work / "cache"), "--data", str(tiles)]]
+    assert result["tiles"] == 8 and list(result["validation_loss"]) == ["0", "3"]
+    assert result["file_bytes"] == {
+        name: (work / "run" / name).stat().st_size
+        for name in ("lora_weights.safetensors", "adapter.safetensors")}
+    clock = [json.loads(line).get("seconds") for line in open(work / "run" / "metrics.jsonl")
+             if "grad_norm" in line]
+    assert result["seconds_per_optimizer_step"] == pytest.approx((clock[2] - clock[0]) / 2, abs=6e-4)
+    assert 0 < result["seconds_per_image_50_steps_ddim_guided"] < result["wall_seconds_of_train_py"]
+    assert result["printed"][0].startswith("trainable: LoRA") and result["machine"]["torch"]
 
 
 def test_the_cost_of_saving_is_that_of_files_which_resume(tiny_base, tmp_path):
