@@ -3,10 +3,7 @@
 All other tests run on the CPU wherever they are (`conftest.py` hides the GPU from them).
 """
 
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sample
 import train
-from conftest import ROOT, assert_same_weights, metrics, weights
+from conftest import assert_same_weights, metrics, weights
 from pixcell_min.base import load_pixcell_base
 from pixcell_min.tools import doctor, evaluate
 
@@ -137,13 +134,6 @@ def test_a_run_is_sampled_and_evaluated(arguments, tmp_path, tiles):
     assert evaluate.main(["--data", str(tiles), "--run", str(run), "--device", "cuda", "--steps",
                           "2"]) == 0
     assert torch.cuda.get_device_name() in (run / "evaluation" / "report.json").read_text()
-
-
-def test_one_process_of_torchrun_trains_by_nccl(arguments, tmp_path):
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=1",
-                    ROOT / "train.py", *arguments, "--device", "cuda"], check=True,
-                   env=os.environ | {"PYTHONPATH": str(ROOT)})
-    assert "step" in metrics(tmp_path / "run")[-1]
 
 
 def test_too_little_memory_is_one_line(arguments, capsys):
