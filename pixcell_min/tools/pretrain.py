@@ -511,13 +511,10 @@ def train_transformer(args, work, tiles, latents):
         # Stratified timesteps, one from each of `batch` ranges: batches differ less in difficulty.
         t = ((torch.arange(batch) + torch.rand(batch, generator=generator)) / batch * 1000
              ).long().clamp(max=999)
-        # The schedule's table lies on the CPU, so t's levels and weights are looked up there.
-        ones = torch.ones(batch, 1, 1, 1)
-        signal, spoil, weights, drop, t = (moved(drawn, device) for drawn in (
-            schedule.add_noise(ones, 0 * ones, t), schedule.add_noise(0 * ones, ones, t),
-            timestep_weights(schedule, t, LOSS_WEIGHTING),
-            torch.rand(batch, 1, 1, generator=generator) < CONDITION_DROPOUT, t))
-        noisy = signal * x0 + spoil * noise
+        drop = torch.rand(batch, 1, 1, generator=generator) < CONDITION_DROPOUT
+        weights, drop, t = (moved(drawn, device) for drawn in (
+            timestep_weights(schedule, t, LOSS_WEIGHTING), drop, t))
+        noisy = schedule.add_noise(x0, noise, t)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
             with torch.set_grad_enabled(not args.freeze_encoder):
                 first = view(seen, generator)
