@@ -103,17 +103,17 @@ def main(argv=None) -> int:
     options = parse_sample(argv)
     try:
         sample(options)
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        line = error if isinstance(error, (ValueError, OSError)) else refusal(
-            error, "draw where there is more, say with --device cpu")
-        if line is None:
+        return 0
+    except (ValueError, OSError) as error:
+        line = error
+    except (RuntimeError, MemoryError) as error:
+        if not (line := refusal(error, "draw where there is more")):
             raise  # a fault of ours: with its traceback
-        print(f"sample.py: error: {one_line(line)}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("sample.py: interrupted; the images finished so far are kept", file=sys.stderr)
         return 130
-    return 0
+    print(f"sample.py: error: {one_line(line)}", file=sys.stderr)
+    return 2
 
 
 def sample(options) -> None:

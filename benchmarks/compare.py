@@ -2,7 +2,7 @@
 
     python benchmarks/compare.py --size full --out benchmarks/results/compare.json
     python benchmarks/compare.py --size nano --cases train-1 sample --repeats 9 --out nano.json
-    python benchmarks/compare.py --size full --device cuda --out gpu.json
+    python benchmarks/compare.py --size full --device cuda --ahead 8 --out gpu.json
 
 Each side of a case lives in a process of its own (`sides.py`), with the same weights, inputs,
 threads and precision; the two take turns, ours, peer, ours, peer…, while the other one waits. The
@@ -165,7 +165,7 @@ def on_a_gpu(case: dict, seconds: dict, work: dict) -> dict:
 
     steps_per_second: of the optimizer, None where a run is no training step; matrix_share: FLOP per
     second over the device's rate of products, None where a run has none; busy: the share of a
-    turn's time that its kernels take, the rest being what the host needs to start them.
+    turn's time that its kernels take; for the rest the GPU waits.
     """
     steps = {name: 1 / its if case["kind"] == "train" else None for name, its in seconds.items()}
     share = {name: its["flop"] / seconds[name] / its["matrix_flop_per_second"] or None
@@ -250,12 +250,13 @@ def prepare(work: Path, size: str) -> Path:
 def main(argv=None) -> None:
     from first_run import commit, machine
     from pixcell_min.checkpoint import write_text
+    from pixcell_min.checks import positive_int
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--size", choices=("nano", *SIZES), default="nano")
     parser.add_argument("--cases", nargs="+", default=[""], help="names, or their beginnings")
     parser.add_argument("--repeats", type=int, default=5, help="timed turns")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--ahead", type=int, default=1,
+    parser.add_argument("--ahead", type=positive_int, default=1,
                         help="cases started side by side, to be timed one by one: for a GPU with "
                         "many cores beside it; first_seconds and the CPU's memory then say little")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

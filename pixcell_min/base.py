@@ -102,7 +102,8 @@ def load_pixcell_base(path=None, device="auto", mixed_precision="auto") -> PixCe
     """Load a base (default: $PIXCELL_BASE, else pixcell-nano) as a pipeline, its weights frozen.
 
     device: auto, cpu, cuda…; mixed_precision: auto, no, fp16 or bf16, the autocast of the denoiser,
-    in which the weights of its products are held. VAE and encoder are loaded when first used.
+    in which the weights of its products are held. Inert layers stay in the file, so on the CPU:
+    leave them out when LoRA is to be trained. VAE and encoder are loaded when first used.
     Raises: ValueError if a file is missing, broken or does not fit.
     """
     base, device = find_base(path), choose_device(device)
@@ -134,7 +135,7 @@ def load_vae(base=None, device="auto", decoder_dtype=None) -> AutoencoderKL:
     decoder_dtype: of autocast around the decoder, or None. Raises: ValueError: missing or broken.
     """
     def prepare(vae):
-        if device.type == "cpu":  # where it is faster; CUDA's group norm would change it each time
+        if device.type == "cpu":  # the faster one there; CUDA's group norm takes the other alone
             vae.to(memory_format=torch.channels_last)
         hold_products_in(vae.decoder, decoder_dtype)
 

@@ -83,7 +83,7 @@ class PixCellPipeline:
         self.transformer, self.schedule = transformer, schedule
         self.base_hash, self.device, self.dtype = base_hash, torch.device(device), dtype
         self._load_vae, self._load_encoder = load_vae, load_encoder
-        # q·k may pass the largest float16; CUDA's fused attention keeps it in float32 by itself.
+        # q·k may pass the largest float16; CUDA's attention keeps it in float32 by itself.
         transformer.set_float32_attention(
             dtype == torch.float16 and self.device.type != "cuda")
 

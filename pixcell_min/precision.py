@@ -9,8 +9,8 @@ import os
 import torch
 from torch import nn
 
-LESS = ("start anew with --gradient-checkpointing or a smaller --batch-size and more "
-        "--gradient-accumulation-steps")  # memory in training
+TRAIN_IN_LESS = ("start anew with --gradient-checkpointing or a smaller --batch-size and more "
+                 "--gradient-accumulation-steps")
 DTYPES = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -72,7 +72,7 @@ def hold_products_in(network: nn.Module, dtype: torch.dtype | None) -> None:
                              for name, tensor in network.state_dict().items()}, assign=True)
 
 
-def refusal(error, less: str = LESS) -> str | None:
+def refusal(error, less: str = TRAIN_IN_LESS) -> str | None:
     """What the device refused, in a line: memory, or an operation after `make_deterministic`.
 
     None if the error is another one: a fault of this code, whose traceback is wanted. less: advice

@@ -212,7 +212,7 @@ class PixCellTransformer(nn.Module):
         return self.caption_projection.uncond_embedding
 
     def set_float32_attention(self, enabled: bool) -> None:
-        """Compute q·k, softmax and ·v in float32 whatever autocast says (needed in float16)."""
+        """Compute q·k, softmax and ·v in float32 whatever autocast says (for float16)."""
         for block in self.transformer_blocks:
             block.attn1.float32_attention = block.attn2.float32_attention = enabled
 

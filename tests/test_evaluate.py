@@ -235,7 +235,7 @@ def test_too_little_memory_is_one_line_and_a_fault_of_ours_a_traceback(made, mon
         raise errors.pop()
     errors = [RuntimeError("shape '[2]' is invalid"), MemoryError()]
     monkeypatch.setattr(evaluate, "evaluate", fail)
-    assert "out of memory; free some, or draw where there is more, say with --device cpu" in refused(
+    assert "out of memory; free some, or draw where there is more" in refused(
         command("tiles", "run"), capsys)
     with pytest.raises(RuntimeError, match="shape"):
         evaluate.main(command("tiles", "run"))

@@ -86,19 +86,20 @@ def main(argv=None) -> int:
     options = parse_evaluate(argv)
     try:
         result = evaluate(options)
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        line = error if isinstance(error, (ValueError, OSError)) else refusal(
-            error, "draw where there is more, say with --device cpu")
-        if line is None:
+    except (ValueError, OSError) as error:
+        line = error
+    except (RuntimeError, MemoryError) as error:
+        if not (line := refusal(error, "draw where there is more")):
             raise  # a fault of ours: with its traceback
-        print(f"evaluate: error: {one_line(line)}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("evaluate: interrupted; the images drawn so far are kept, the same command goes on",
               file=sys.stderr)
         return 130
-    print("\n".join(report.summary(result)), f"report: {options.out / 'report.html'}", sep="\n")
-    return 0
+    else:
+        print("\n".join(report.summary(result)), f"report: {options.out / 'report.html'}", sep="\n")
+        return 0
+    print(f"evaluate: error: {one_line(line)}", file=sys.stderr)
+    return 2
 
 
 def evaluate(options) -> dict:

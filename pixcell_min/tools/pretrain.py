@@ -68,11 +68,16 @@ def generator_for(seed, step):
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
 
-def moved(tensor, device):
+def on_device(tensor, device):
     """A tensor drawn on the CPU, on `device`: CUDA goes on with its work meanwhile."""
     if device.type == "cuda":
         tensor = tensor.pin_memory()  # only from there does a copy not wait
     return tensor.to(device, non_blocking=True)
+
+
+def layout(device):
+    """Memory format of a VAE's pixels: a CPU convolves faster in channels last."""
+    return torch.channels_last if device.type == "cpu" else torch.contiguous_format
 
 
 def stain_jitter(images, generator):
@@ -84,13 +89,13 @@ def stain_jitter(images, generator):
     B, device = images.shape[0], images.device
     density = -torch.log(images.clamp(min=1 / 255))                          # (B, 3, H, W)
     stains = F.normalize(torch.tensor(RUIFROK, dtype=torch.float32), dim=1)
-    unmix = moved(torch.linalg.inv(stains), device)
+    unmix = on_device(torch.linalg.inv(stains), device)
     amounts = torch.einsum("bchw,cs->bshw", density, unmix)                  # (B, stains, H, W)
     gains = torch.exp(0.35 * torch.randn(B, 3, 1, 1, generator=generator))
     tilted = F.normalize(
         (stains + 0.12 * torch.randn(B, 3, 3, generator=generator)).clamp(min=0.01), dim=2)
     flat = 0.05 * torch.randn(B, 3, 1, 1, generator=generator)
-    gains, tilted, flat = (moved(drawn, device) for drawn in (gains, tilted, flat))
+    gains, tilted, flat = (on_device(drawn, device) for drawn in (gains, tilted, flat))
     jittered = torch.einsum("bshw,bsc->bchw", amounts * gains, tilted)
     return torch.exp(-(jittered + flat)).clamp(0, 1)
 
@@ -190,7 +195,7 @@ def training_tiles(args, work):
     """
     path = work / "tiles.safetensors"
     made_with = json.dumps({"seed": args.seed, "procedural": args.procedural, "open_crops":
-                            args.open_crops if args.open_tiles else 0})
+                            args.open_crops if args.open_tiles else 0, "seeds": "one per tile"})
     if path.exists():
         tensors, header = checkpoint.read_tensors(path)
         if header.get("made_with") != made_with:
@@ -367,10 +372,10 @@ def train_vae(args, work, tiles):
         pixels, half = random_crops(tiles, batch, side, generator).float() / 255, batch // 2
         pixels = torch.cat([pixels[:half], stain_jitter(pixels[half:], generator)]) * 2 - 1
         components = rearrange((to_patches(pixels) - center) @ matrix, "b h w c -> b c h w")
-        pixels = pixels.contiguous(memory_format=torch.channels_last)
+        pixels = pixels.contiguous(memory_format=layout(args.device))
         with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
             mean = vae.encode(pixels)[0].float()
-            noise = moved(torch.randn(mean.shape, generator=generator), args.device)
+            noise = on_device(torch.randn(mean.shape, generator=generator), args.device)
             rebuilt = vae.decode(mean + math.exp(POSTERIOR_LOGVAR / 2) * noise).float()
         return (F.l1_loss(rebuilt, pixels) + F.mse_loss(rebuilt, pixels)
                 + COMPONENT_WEIGHT * F.mse_loss(mean, components))
@@ -402,7 +407,7 @@ def latent_bank(args, work, tiles, vae):
     at_once = 8 if args.device.type == "cpu" else 64
     with torch.no_grad(), torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
         for part in tqdm(tiles.split(at_once), desc="latents"):
-            pixels = (part.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+            pixels = (part.float() / 127.5 - 1).contiguous(memory_format=layout(args.device))
             latents.append(vae.encode(pixels)[0].half().contiguous())
     latents = torch.cat(latents)
     checkpoint.save_tensors(path, {"latents": latents}, {"vae": fingerprint})
@@ -459,7 +464,7 @@ def draw_crops(tiles, latents, batch, side, generator):
     → their latents (B, C, side, side), what the encoder is shown of them (B, 3, h, h) in [0, 1],
     and the window's (row, column) in patches.
     """
-    rows = moved(torch.randint(len(tiles), (batch,), generator=generator), tiles.device)
+    rows = on_device(torch.randint(len(tiles), (batch,), generator=generator), tiles.device)
     top, left = (  # in latent cells
         2 * torch.randint(17 - side // 2, (2,), generator=generator)).tolist()
     x0 = latents[:, :, top:top + side, left:left + side][rows].float()
@@ -501,18 +506,18 @@ def train_transformer(args, work, tiles, latents):
         """Crops as the encoder sees them: another stain, another symmetry each. → tokens (B, E)"""
         crops = stain_jitter(crops, generator)
         elements = torch.randint(8, (len(crops),), generator=generator)
-        return encoder.vit((dihedral_each(crops, moved(elements, device)) - mean) / std)
+        return encoder.vit((dihedral_each(crops, on_device(elements, device)) - mean) / std)
 
     def loss_at(generator):
         half = trainer.step < args.half_steps
         batch, side = (args.half_batch, 16) if half else (args.batch, 32)
         x0, seen, window.origin = draw_crops(tiles, latents, batch, side, generator)
-        noise = moved(torch.randn(x0.shape, generator=generator), device)
+        noise = on_device(torch.randn(x0.shape, generator=generator), device)
         # Stratified timesteps, one from each of `batch` ranges: batches differ less in difficulty.
         t = ((torch.arange(batch) + torch.rand(batch, generator=generator)) / batch * 1000
              ).long().clamp(max=999)
         drop = torch.rand(batch, 1, 1, generator=generator) < CONDITION_DROPOUT
-        weights, drop, t = (moved(drawn, device) for drawn in (
+        weights, drop, t = (on_device(drawn, device) for drawn in (
             timestep_weights(schedule, t, LOSS_WEIGHTING), drop, t))
         noisy = schedule.add_noise(x0, noise, t)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
