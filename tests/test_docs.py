@@ -520,6 +520,11 @@ def test_the_readmes_other_tables_are_those_of_their_results():
         its = RESULTS[f"adaptation_{name}"]["variants"]["default"]["columns"]
         wanted += [f"| {label} | {' | '.join(ranged(its[LABELS[label.removesuffix(' | –')]][name], n) for name, n in PLACES)} |"
                    for label in labels]
+    variants = RESULTS["adaptation_procedural"]["variants"]
+    assert [its["seeds"] for its in variants.values()] == [3] * 3
+    for name in ("LoRA trained alone", "adapter trained alone"):
+        its = variants[name]["columns"]["both"]
+        wanted.append(f"| {name} | {' | '.join(ranged(its[what], n) for what, n in PLACES)} |")
     levers = RESULTS["levers"]
     for label, names in LEVERS.items():
         cells = [" / ".join(f"{levers[word][name]['ratio']['median']:.2f}" for name in names)
@@ -559,12 +564,25 @@ def test_the_readmes_words_on_adaptation_are_those_of_the_results():
     cosines = base["cosine"]["values"]
     assert all(min(cosines) <= its["columns"]["both"]["cosine"]["median"] <= max(cosines)
                for its in variants.values())
+    assert {name: sum(low > 0 for _, low, _ in its["value, low, high"]["gain in cosine"])
+            for name, its in procedural["variants"].items()} == {
+        "default": 1, "LoRA trained alone": 0, "adapter trained alone": 0}
+    turned = [procedural["variants"]["adapter trained alone"]["columns"]["both"][angle]["median"]
+              / procedural["variants"]["default"]["columns"]["base"][angle]["median"]
+              for angle in ("E angle °", "H angle °")]
+    assert turned[0] < 0.6 and 0.9 < turned[1] < 1
     everywhere, within = (RESULTS["guidance_interval"]["results"][f"3, {name}"]["both"]
                           for name in ("everywhere", "0.4 to 3"))
     assert_quoted(
         f"by {', '.join(gains[:-1])} and {gains[-1]}, and no 95 %",
         f"leaves {guided:.0f} % of the",
         f"Colour left: {percents(procedural['variants']['default']['colour, % of base'])}",
+        "LoRA trained alone leaves {}, hardly more than both; the adapter alone {}: it turns eosin's".format(*(
+            percents(procedural["variants"][f"{part} trained alone"]["colour, % of base"])
+            for part in ("LoRA", "adapter"))),
+        "a little better ({:.2f} against {:.2f})".format(*(
+            procedural["variants"]["adapter trained alone"]["columns"][arm]["nuclei r"]["median"]
+            for arm in ("both", "base"))),
         f"lies {away['colour W1']:.2f} away in colour W1, {away['H angle °']:.1f}° and "
         f"{away['E angle °']:.1f}° in the angles",
         f"lie between {min(left[n] for n in ranks):.0f} and {max(left[n] for n in ranks):.0f} % of the "
