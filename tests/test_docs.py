@@ -441,6 +441,11 @@ def test_the_readmes_words_on_memory_are_those_of_the_results():
     assert kept[0] < 0.75 and held[1] < 0.60 < kept[1]  # the aims
     assert all(parts["rest"] >= 0 for its in cases.values() for parts in its.values())
     load = full["load"]
+    defaults = full["defaults-sample"]
+    fixed = RESULTS["memory"]["cases"]["train-1-bf16"]["usual"]
+    resident = fixed["imported"] + fixed["weights"]
+    assert_quoted(f"holds {resident:,.0f} of its {defaults['peak_mb']['ours']:,.0f} MB in torch and weights, "
+                  f"{resident / defaults['peak_mb']['peer']:.2f} of the peer's peak")
     least = (load["imported_mb"] + 2432) / load["peak_mb"]["peer"]
     assert 0.8 < least <= load["memory_ratio"]
     assert_quoted(f"{held[0]:.2f} and {held[1]:.2f} of the peer's peak, with what the backward needs "
@@ -779,6 +784,25 @@ def test_the_readmes_aims_are_beside_what_was_reached():
     time, memory = aims_reached()
     assert time == []
     assert_quoted(f"none is reached, of those in memory {len(memory)} of {sum(len(its[3]) for its in AIMS.values())}")
+
+
+def test_the_readmes_words_on_missed_aims_are_those_of_the_results():
+    full = {name.removeprefix("full "): its["seconds"]["ours"] for name, its in RESULTS["compare"].items()}
+    levers = RESULTS["levers"]
+    spent = [levers[word]["shares of a training step"]["products and attention"] * full[f"train-1-{word}"]
+             for word in ("float32", "bf16")]
+    assert_quoted(
+        f"in bf16 {full['epoch-bf16']:.2f} s, a step of the same four tiles at once {full['train-4-bf16']:.2f} s",
+        f"take {spent[0]:.1f} s of a float32 step's {full['train-1-float32']:.2f} s, not 2.62 s, and "
+        f"{spent[1]:.1f} s of a bf16 step's {full['train-1-bf16']:.2f} s, not 1.14 s")
+
+
+def test_the_readmes_words_on_memorisation_in_the_grids_are_those_of_the_results():
+    nct, kather = ([its["columns"]["both"]["nearer than 5 %"] for its in
+                    RESULTS[f"adaptation_{name}_grid"]["variants"].values()] for name in ("nct", "kather"))
+    assert f"{max(max(its['values']) for its in nct):.2f}" == "0.03"
+    assert f"{max(max(its['values']) for its in kather):.2f}" == "0.09"
+    assert f"{max(its['median'] for its in kather):.2f}" == "0.03"
 
 
 def test_the_readmes_gigaflop_are_those_of_the_networks():
