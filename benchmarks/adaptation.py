@@ -2,6 +2,7 @@
 
     python benchmarks/adaptation.py --data ../shared/data/target_nct --name nct
     python benchmarks/adaptation.py --name procedural --variants default
+    python benchmarks/adaptation.py --name ema --variants default --train "--ema-decay 0.999" --ema
 
 Each variant is trained and evaluated (`train.py`, `pixcell_min.tools.evaluate`) once per seed; the
 seed changes the split, the start of LoRA and adapter, and every drawn number. Without --data the
@@ -70,6 +71,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1, help="per held-out tile and arm")
     parser.add_argument("--guidance-scale", type=float, default=1.5, help="of the evaluation")
     parser.add_argument("--arms", default="base,adapter,lora,both")
+    parser.add_argument("--ema", action="store_true",
+                        help="evaluate averaged weights (needs --train '--ema-decay 0.999')")
     parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
     parser.add_argument("--work", type=Path, default=ROOT / "runs/adaptation")
     parser.add_argument("--train", default="", help="further flags of train.py, for all variants")
@@ -116,7 +119,8 @@ def run(work, name, seed, options) -> None:
     call([sys.executable, "-m", "pixcell_min.tools.evaluate", "--data", str(options.data),
           "--run", str(folder), "--seed", str(seed), "--count", str(options.count),
           "--seeds", str(options.images), "--guidance-scale", str(options.guidance_scale),
-          "--arms", options.arms], folder, options)
+          "--arms", options.arms, "--out", str(folder / "evaluation"),
+          *["--ema"] * options.ema], folder, options)
     if not shared.exists():  # appears whole: a run beside this one may be copying from it
         partial = shared.with_name(f"{shared.name}.{folder.name}")
         shutil.copytree(folder / images, partial)

@@ -13,6 +13,7 @@ from conftest import ROOT
 from pixcell_min.lora import LoRALinear
 from pixcell_min.config import parse_train
 from pixcell_min.data import image_to_tensor
+from pixcell_min.tools import evaluate
 from pixcell_min.tools.synthetic import FIRST, SECOND, write_dataset
 
 sys.path.insert(0, str(ROOT / "benchmarks"))  # where they find each other
@@ -76,6 +77,25 @@ def test_results_are_medians_over_the_seeds(tmp_path):
     (folder / "evaluation" / "report.json").write_text(json.dumps(report_of(4.0, 0.5, steps=50)))
     with pytest.raises(SystemExit, match="other settings"):  # two recipes in one folder
         adaptation.collect(tmp_path, options)
+
+
+def test_averaged_weights_are_trained_then_evaluated(tmp_path, monkeypatch):
+    def call(command, folder, options):
+        commands.append(command)
+        (folder / "evaluation/images/base").mkdir(parents=True, exist_ok=True)
+    commands = []
+    monkeypatch.setattr(adaptation, "call", call)
+    monkeypatch.setattr(sys, "argv", ["adaptation.py", "--name", "x", "--data", "d", "--variants",
+                                      "default", "--seeds", "1", "--work", str(tmp_path),
+                                      "--train", "--ema-decay 0.9", "--ema"])
+    monkeypatch.setattr(adaptation, "collect", lambda work, options: sys.exit(0))
+    with pytest.raises(SystemExit):
+        adaptation.main()
+    trained, evaluated = commands
+    config, _ = parse_train(trained[2:])
+    options = evaluate.parse_evaluate(evaluated[3:])
+    assert config.ema_decay == 0.9 and options.ema
+    assert options.out == adaptation.folder_of(tmp_path / "x", "default", 0) / "evaluation"
 
 
 def test_true_shift_is_that_of_the_stain_alone(tmp_path):
