@@ -260,7 +260,9 @@ def test_a_miniature_base_is_made_and_loads_like_any_other(tmp_path, miniature, 
         "uni/model.safetensors", "transformer/diffusion_pytorch_model.safetensors")}
     before = {name: file_hash(path) for name, path in weights.items()}
     more = flags + ["--stage", "joint", "--freeze-encoder", "--seed", "1", "--half-steps", "0"]
-    assert pretrain.main(more) == 2 and "--start-from" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        pretrain.main(more)
+    assert "--start-from" in capsys.readouterr().err
     more += ["--start-from", str(tmp_path / "base")]
     assert pretrain.main(more) == 2  # the work folder holds tiles of seed 0
     assert 'made with {"seed": 0' in capsys.readouterr().err
@@ -289,6 +291,25 @@ def test_window_patch_embedding_is_a_part_of_the_whole_tiles():
     torch.testing.assert_close(part, full[:, 3:11, 5:13], rtol=0, atol=1e-6)
 
 
-def test_a_caller_keeps_its_smallest_numbers(tmp_path, capsys):
-    assert pretrain.main(["--work", str(tmp_path), "--freeze-encoder"]) == 2  # after it set them to 0
-    assert "--start-from" in capsys.readouterr().err and float("5e-324") > 0
+@pytest.mark.parametrize("error, code, words", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"), 2,
+     "pretrain: error: CUDA out of memory. Tried to allocate 2.00 GiB; free some, or take a smaller --batch"),
+    (MemoryError(), 2, "pretrain: error: out of memory; free some"),
+    (KeyboardInterrupt(), 130, "pretrain: interrupted; the same command goes on")])
+def test_what_stops_it_is_one_line_and_the_caller_keeps_its_smallest_numbers(
+        tmp_path, monkeypatch, capsys, error, code, words):
+    def fail(args, work):
+        assert (torch.tensor([1e-39]) * 1).item() == 0  # such numbers are 0 while it runs
+        raise error
+    monkeypatch.setattr(pretrain, "training_tiles", fail)
+    assert pretrain.main(["--work", str(tmp_path)]) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(words) and (torch.tensor([1e-39]) * 1).item() > 0
+
+
+def test_a_fault_of_ours_keeps_its_traceback(tmp_path, monkeypatch):
+    def fail(args, work):
+        raise RuntimeError("shape '[2]' is invalid")
+    monkeypatch.setattr(pretrain, "training_tiles", fail)
+    with pytest.raises(RuntimeError, match="shape"):
+        pretrain.main(["--work", str(tmp_path)])

@@ -33,7 +33,7 @@ from pixcell_min.checks import DEVICE, OneLineParser, one_line, positive_int
 from pixcell_min.data import (find_tiles, fit_tile, image_to_tensor, read_tile,
                               tensor_to_image)
 from pixcell_min.embeddings import PatchEmbed, sincos_grid
-from pixcell_min.precision import choose_device
+from pixcell_min.precision import choose_device, refusal
 from pixcell_min.schedulers import NoiseSchedule
 from pixcell_min.tools.metrics import RUIFROK
 from pixcell_min.tools.synthetic import FIRST, render_tile
@@ -595,8 +595,8 @@ def round_trip_psnr(vae, images) -> float:
     return 10 * math.log10(255**2 / np.mean(errors))
 
 
-def main(arguments=None):
-    """Run the command line; returns the exit code: 0, or 2 after a one-line error."""
+def parse_pretrain(arguments=None):
+    """Command line → options. Raises: SystemExit(2) after one line for a wrong flag or value."""
     parser = OneLineParser(prog="pretrain", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("weights/pixcell-nano"),
                         help="base folder to write")
@@ -636,31 +636,54 @@ def main(arguments=None):
     parser.add_argument("--threads", type=int, default=0, help="CPU threads, 0: PyTorch's choice")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
+    if args.freeze_encoder and not args.start_from:
+        parser.error("--freeze-encoder keeps the encoder of --start-from; name that base")
+    return args
+
+
+def pretrain(args):
+    """Make the base's parts that --stage names, each from where the work folder's state stands.
+
+    Raises: ValueError or OSError for whatever the caller can mend.
+    """
+    args.device = choose_device(args.device)
+    tiles = training_tiles(args, args.work)
+    if args.stage in ("all", "vae"):
+        vae = train_vae(args, args.work, tiles)
+    else:
+        vae = AutoencoderKL.from_pretrained(args.out / "vae")
+    if args.measure:
+        images = [fit_tile(read_tile(t.path), TILE, "resize") for t in find_tiles(args.measure)]
+        vae.to(args.device)
+        print(f"VAE round trip on {len(images)} tiles of {args.measure}: "
+              f"{round_trip_psnr(vae, images):.2f} dB")
+    if args.stage in ("all", "joint"):
+        train_transformer(args, args.work, tiles, latent_bank(args, args.work, tiles, vae))
+
+
+def main(arguments=None):
+    """Run the command line; returns the exit code: 0, or 2 after a one-line error."""
+    args = parse_pretrain(arguments)
     torch.set_flush_denormal(True)
     if args.threads:
         torch.set_num_threads(args.threads)
     try:
-        args.device = choose_device(args.device)
-        if args.freeze_encoder and not args.start_from:
-            raise ValueError("--freeze-encoder keeps the encoder of --start-from; name that base")
-        tiles = training_tiles(args, args.work)
-        if args.stage in ("all", "vae"):
-            vae = train_vae(args, args.work, tiles)
-        else:
-            vae = AutoencoderKL.from_pretrained(args.out / "vae")
-        if args.measure:
-            images = [fit_tile(read_tile(t.path), TILE, "resize") for t in find_tiles(args.measure)]
-            vae.to(args.device)
-            print(f"VAE round trip on {len(images)} tiles of {args.measure}: "
-                  f"{round_trip_psnr(vae, images):.2f} dB")
-        if args.stage in ("all", "joint"):
-            train_transformer(args, args.work, tiles, latent_bank(args, args.work, tiles, vae))
+        pretrain(args)
     except (ValueError, OSError) as error:
-        print(f"pretrain: error: {one_line(error)}", file=sys.stderr)
-        return 2
+        line = error
+    except (RuntimeError, MemoryError) as error:
+        if not (line := refusal(error, "take a smaller --batch and --half-batch")):
+            raise  # a fault of ours: with its traceback
+    except KeyboardInterrupt:
+        print("pretrain: interrupted; the same command goes on from the state last saved",
+              file=sys.stderr)
+        return 130
+    else:
+        return 0
     finally:
         torch.set_flush_denormal(False)  # it is the process's, so a caller's, too
-    return 0
+    print(f"pretrain: error: {one_line(line)}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":
