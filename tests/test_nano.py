@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from conftest import ROOT, SHARED
 from pixcell_min import load_pixcell_base
 from pixcell_min.data import fit_tile, image_to_tensor, read_tile, tensor_to_image
+from pixcell_min.tools.audit import licences
 from pixcell_min.tools.pretrain import dihedral, round_trip_psnr, stain_jitter
 from pixcell_min.tools.synthetic import render_tile
 
@@ -84,3 +85,9 @@ def test_a_sample_is_a_coloured_tile_of_tissue(nano):
     lymph, fat = (np.asarray(image, float) for image in images)
     assert lymph.shape == (256, 256, 3) and lymph.std() > 10
     assert fat.mean() > lymph.mean() + 20  # fat is pale, lymphocytes are dark
+
+
+def test_each_part_says_its_licence():
+    stated = {its["of"]: its["licence"] for its in licences(NANO, {"vae": 1, "encoder": 1})}
+    assert stated.keys() == {"code", "base", "VAE", "encoder"}
+    assert [stated[of] for of in ("base", "VAE", "encoder")] == ["mit"] * 3
