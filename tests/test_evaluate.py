@@ -173,7 +173,7 @@ def test_distances_of_features_compare_equal_numbers():
     assert results["frechet:own"]["values"]["frechet_distance"] == pytest.approx(
         metrics.frechet_distance(real, first))
     assert results["kernel:own"]["values"]["kernel_distance"] == pytest.approx(
-        metrics.kernel_distance(real, first))
+        metrics.kernel_distance(real, first, paired=True))
     assert results["overlap:own"]["values"] == pytest.approx(
         metrics.precision_recall_density_coverage(real, first))
     assert results["colour"]["n"] == 2 * count and results["overlap:own"]["n"] == count
@@ -195,6 +195,34 @@ def test_pairs_of_several_images_a_tile_are_that_tiles():
     assert screen["values"] == metrics.memorisation_screen(drawn, conditions, training)
     assert screen["values"]["closer_share"] >= 2 / (2 * count)
     assert screen["n"] == fidelity["n"] == 2 * count
+    # The threshold is a quantile of the tiles', so resampled with them.
+    assert all(low < high for low, high in screen["intervals"].values())
+
+
+def test_intervals_hold_their_values_and_no_share_above_1():
+    """Thinned images are far from these: half of them differ in a corner that hardly counts."""
+    generator, count = np.random.default_rng(0), 24
+    real = [np.full((64, 64, 3), (200, 120, 180), np.uint8) + i.astype(np.uint8) % 40
+            for i in generator.integers(0, 255, (count, 64, 64, 3))]
+    other = [np.flip(image, 1).copy() for image in real]
+    for image in other[::2]:
+        image[:3] = (120, 60, 140)
+    features = generator.normal(size=(count, 8))
+    results = comparison.compare(
+        real, other, {"own": features, "second": features},
+        {"own": generator.normal(size=(count, 8)), "second": features + 0.01})
+    thinned = metrics.colour_shift(*(metrics.thin(its, comparison.INTERVAL_PIXELS)
+                                     for its in (real, other)))["lab_mean"]
+    colour = results["colour"]
+    assert abs(thinned - colour["values"]["lab_mean"]) > 1e-3  # what they are made of, less exactly
+    for name in ("lab_mean", "reinhard_mean"):  # far from 0, where they are cut off
+        assert np.mean(colour["intervals"][name]) == pytest.approx(colour["values"][name])
+    for group in ("frechet:own", "kernel:own", "overlap:own", "kernel:second"):
+        for name, (low, high) in results[group]["intervals"].items():
+            assert low <= results[group]["values"][name] <= high, (group, name)
+    shares = results["overlap:own"]["intervals"]
+    assert max(high for name, (_, high) in shares.items() if name != "density") == 1
+    assert shares["density"][1] > 1
 
 
 def test_report_is_one_readable_file_without_scripts_or_links(made):

@@ -257,12 +257,33 @@ def test_kernel_distance_agrees_with_three_loops(rng):
                 + np.mean([k(x, y) for i, x in enumerate(b) for j, y in enumerate(b) if i != j])
                 - 2 * np.mean([k(x, y) for x in a for y in b]))
     assert kernel_distance(a, b) == pytest.approx(expected)
+    pairs = [(x, y) for i, x in enumerate(a) for j, y in enumerate(b[:7]) if i != j]
+    assert kernel_distance(a, b[:7], paired=True) - kernel_distance(a, b[:7]) == pytest.approx(
+        2 * np.mean([k(x, y) for x in a for y in b[:7]]) - 2 * np.mean([k(*pair) for pair in pairs]))
+    with pytest.raises(ValueError, match="got 7 and 9 samples; pairs need as many"):
+        kernel_distance(a, b, paired=True)
 
 
-def test_kernel_distance_has_no_bias(rng):
-    draws = [kernel_distance(rng.normal(0, 1, (8, 3)), rng.normal(0, 1, (8, 3)))
-             for _ in range(400)]
+def halves(rng):
+    """Two sets of four classes, two of each, as the noise floor takes them."""
+    classes = np.repeat(rng.normal(0, 1, (4, 3)), 2, 0)
+    return [classes + 0.3 * rng.normal(0, 1, (8, 3)) for _ in range(2)]
+
+
+def pairs(rng):
+    """Samples and what was made from each; as a set it is distributed like them."""
+    a = rng.normal(0, 1, (8, 3))
+    return a, 0.9 * a + np.sqrt(1 - 0.9**2) * rng.normal(0, 1, (8, 3))
+
+
+@pytest.mark.parametrize("draw, paired", [
+    (lambda rng: rng.normal(0, 1, (2, 8, 3)), False), (halves, True), (pairs, True)])
+def test_kernel_distance_has_no_bias(rng, draw, paired):
+    draws = [kernel_distance(*draw(rng), paired=paired) for _ in range(400)]
     assert abs(np.mean(draws)) < 4 * np.std(draws) / 20 and min(draws) < 0
+    if paired:  # as it would be if the products of pairs were not left out
+        draws = [kernel_distance(*draw(rng)) for _ in range(400)]
+        assert np.mean(draws) < -8 * np.std(draws) / 20
 
 
 @pytest.mark.parametrize("k", [1, 3])
@@ -377,6 +398,8 @@ def test_jackknife_of_the_mean_is_the_normal_interval_and_of_an_array_arrays():
     np.testing.assert_allclose((low, high), (x.mean(0) - reach, x.mean(0) + reach), rtol=1e-12)
     one = jackknife(lambda i: x[i, 1].mean(), 30, 0.9)
     assert one == pytest.approx((low[1], high[1])) and type(one[0]) is float
+    other = jackknife(lambda i: x[i, 1].mean(), 30, 0.9, centre=5.0)
+    assert np.mean(other) == pytest.approx(5) and np.ptp(other) == pytest.approx(np.ptp(one))
 
 
 def test_jackknife_does_not_shift_a_distance_as_the_bootstrap_does(rng):

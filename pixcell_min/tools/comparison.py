@@ -18,6 +18,7 @@ from pixcell_min.tools import metrics
 
 FLOOR_SPLITS = 5  # random halves of the real tiles that make the noise floor
 INTERVAL_PIXELS = 250  # of an image, when colours are measured again for an interval
+SHARES = (1, 1, np.inf, 1)  # the most that precision, recall, density, coverage can be
 
 
 def measure(result, seed, models, samples, drawn, training, training_images) -> dict:
@@ -64,7 +65,10 @@ def measure(result, seed, models, samples, drawn, training, training_images) -> 
 
 
 def attempt(results, group, n, values, intervals=None) -> None:
-    """results[group] = n with values and intervals, as far as they can be had, else the reason."""
+    """results[group] = n with values and intervals, as far as they can be had, else the reason.
+
+    values() -> {name: number}; intervals(their array (k,)) -> their (low, high), arrays (k,).
+    """
     entry = results[group] = {"n": n}
     try:
         found = values()
@@ -72,21 +76,22 @@ def attempt(results, group, n, values, intervals=None) -> None:
             raise ValueError(f"{group}: a value is not finite: {found}")
         entry["values"] = {key: float(value) for key, value in found.items()}
         if intervals:
-            entry["intervals"] = {key: [float(end) for end in ends] for key, ends in zip(
-                found, np.stack(intervals(), 1), strict=True)}
+            ends = np.stack(intervals(np.array(list(found.values()))), 1)
+            entry["intervals"] = {key: its.tolist() for key, its in zip(found, ends, strict=True)}
     except ValueError as error:
         entry["reason"] = str(error)
 
 
-def no_less_than_0(low, high):
-    """An interval of what cannot be negative."""
-    return np.maximum(low, 0), high
+def jackknife(statistic, n, most=np.inf):
+    """For `attempt`: intervals around the values, of what lies between 0 and `most`."""
+    return lambda values: np.clip(metrics.jackknife(statistic, n, centre=values), 0, most)
 
 
 def compare(real, other, features, other_features, intervals=True) -> dict:
     """Two sets of images by colour and features; `other` has a multiple of `real`'s number.
 
     Distances of features grow with the inequality of numbers: there the first image of each tile.
+    Image i of the one belongs to image i of the other: drawn from it, or of its class.
     """
     results, n, count = {}, len(other), len(real)
     per_tile = n // max(count, 1)
@@ -98,12 +103,12 @@ def compare(real, other, features, other_features, intervals=True) -> dict:
             [thin[i] for i in tiles], [other_thin[i] for i in rows(tiles)]).values()))
 
     attempt(results, "colour", n, lambda: metrics.colour_shift(real, other),
-            (lambda: no_less_than_0(*metrics.jackknife(colour, count))) if intervals else None)
+            intervals and jackknife(colour, count))
     for name, a in features.items():
         b = other_features[name][::max(per_tile, 1)]
 
         def kernel(tiles):
-            return np.array([metrics.kernel_distance(a[tiles], b[tiles])])
+            return np.array([metrics.kernel_distance(a[tiles], b[tiles], paired=True)])
 
         def frechet(tiles):
             return np.array([metrics.frechet_distance(a[tiles], b[tiles])])
@@ -114,13 +119,13 @@ def compare(real, other, features, other_features, intervals=True) -> dict:
 
         attempt(results, f"frechet:{name}", len(b),
                 lambda: {"frechet_distance": metrics.frechet_distance(a, b)},
-                (lambda: no_less_than_0(*metrics.jackknife(frechet, count))) if intervals else None)
+                intervals and jackknife(frechet, count))
         attempt(results, f"kernel:{name}", len(b),
-                lambda: {"kernel_distance": metrics.kernel_distance(a, b)},
-                (lambda: metrics.bootstrap(kernel, count, distinct=True)) if intervals else None)
+                lambda: {"kernel_distance": metrics.kernel_distance(a, b, paired=True)},
+                intervals and (lambda _: metrics.bootstrap(kernel, count, distinct=True)))
         attempt(results, f"overlap:{name}", len(b),
                 lambda: metrics.precision_recall_density_coverage(a, b),
-                (lambda: no_less_than_0(*metrics.jackknife(overlap, count))) if intervals else None)
+                intervals and jackknife(overlap, count, SHARES))
     return results
 
 
@@ -136,13 +141,13 @@ def compare_pairs(real, other, features, other_features, training) -> dict:
             cosines = cache(partial(tile_cosines, *its, per_tile))
             attempt(results, f"{group}:{name}", n,
                     lambda: dict(zip(("cosine", "shuffled", "margin"), cosines().mean(1))),
-                    lambda: metrics.bootstrap(lambda tiles: cosines()[:, tiles].mean(1), count))
+                    lambda _: metrics.bootstrap(lambda tiles: cosines()[:, tiles].mean(1), count))
 
         def screen(tiles):
-            return metrics.memorisation_screen(
-                generated[rows(tiles)], conditions, np.stack(present(training[name])))
+            return metrics.memorisation_screen(generated[rows(tiles)], conditions[np.array(tiles)],
+                                               np.stack(present(training[name])))
 
-        attempt(results, f"memorisation:{name}", n, lambda: screen(range(count)), lambda:
+        attempt(results, f"memorisation:{name}", n, lambda: screen(range(count)), lambda _:
                 metrics.bootstrap(lambda tiles: np.array(list(screen(tiles).values())), count))
     nuclei, drawn_nuclei = (np.array([metrics.nuclei_density(image) for image in images])
                             for images in (real, other))
@@ -150,7 +155,7 @@ def compare_pairs(real, other, features, other_features, training) -> dict:
     attempt(results, "nuclei", n,
             lambda: dict(zip(("pearson", "spearman"),
                              correlations(*varied(of_tile, drawn_nuclei)))),
-            lambda: metrics.bootstrap(lambda tiles: correlations(
+            lambda _: metrics.bootstrap(lambda tiles: correlations(
                 of_tile[rows(tiles)], drawn_nuclei[rows(tiles)]), count))
     return results
 
@@ -275,13 +280,13 @@ def key_numbers(images, features, count) -> dict:
         return np.array([100 * both / base])
 
     attempt(key, "colour_percent", n, lambda: {"value": percent(range(count), images)[0]},
-            lambda: no_less_than_0(*metrics.jackknife(percent, count)))
+            jackknife(percent, count))
     for name, conditions in features["real"].items():
         for group, prepare in (("gain", lambda *its: its), ("gain_centred", centred)):
             gains = cache(lambda: np.subtract(*(  # used within this round of the loop only
                 tile_cosines(*prepare(conditions, features[arm][name]), n // count)[0]
                 for arm in ("both", "base"))))
-            attempt(key, f"{group}:{name}", n, lambda: {"value": gains().mean()}, lambda:
+            attempt(key, f"{group}:{name}", n, lambda: {"value": gains().mean()}, lambda _:
                     metrics.bootstrap(lambda tiles: gains()[tiles].mean(keepdims=True), count))
     return key
 

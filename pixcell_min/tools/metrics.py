@@ -217,21 +217,26 @@ def frechet_distance(a, b) -> float:
     return float(np.square(a.mean(0) - b.mean(0)).sum() + spread - 2 * overlap)
 
 
-def kernel_distance(a, b) -> float:
+def kernel_distance(a, b, paired=False) -> float:
     """Unbiased squared MMD (KID) of features (n, d), (m, d): may fall below 0.
 
-    Bińkowski et al. 2018, kernel (x·y / d + 1)^3. Raises: ValueError below 2 samples.
+    Bińkowski et al. 2018, kernel (x·y / d + 1)^3. With `paired`, where row i of b was made from
+    row i of a, the products of pairs are left out, which would bias it downwards: the U-statistic
+    of Gretton et al. 2012, lemma 6. Raises: ValueError below 2 samples, pairs of unequal numbers.
     """
     a, b = _feature_sets("kernel_distance", a, b, needs=2)
+    if paired and len(a) != len(b):
+        raise ValueError(f"kernel_distance: got {len(a)} and {len(b)} samples; pairs need as many")
 
     def kernel(x, y):
         return (x @ y.T / x.shape[1] + 1) ** 3
 
-    def within(x):
-        gram = kernel(x, x)
+    def of_others(x, y):
+        gram = kernel(x, y)
         return (gram.sum() - np.trace(gram)) / (len(x) * (len(x) - 1))
 
-    return float(within(a) + within(b) - 2 * kernel(a, b).mean())
+    between = of_others(a, b) if paired else kernel(a, b).mean()
+    return float(of_others(a, a) + of_others(b, b) - 2 * between)
 
 
 def _distances(a, b):
@@ -347,13 +352,14 @@ def bootstrap(statistic, n, repeats=200, seed=0, level=0.95, distinct=False):
     return (float(low), float(high)) if np.ndim(low) == 0 else (low, high)
 
 
-def jackknife(statistic, n, level=0.95):
+def jackknife(statistic, n, level=0.95, centre=None):
     """Interval (low, high) of `statistic` around its own value; Quenouille 1956, Tukey 1958.
 
     statistic takes indices into 0 .. n - 1: all of them, then all but one, n times; its standard
     error is sqrt((n - 1) / n Σ (θ_i − mean θ)²), the interval symmetric and normal. For distances
     between sets: a resampled set is further from another than the set itself, so that `bootstrap`
-    would shift them. Raises: ValueError for n < 2 or a level out of (0, 1).
+    would shift them. centre: the value to put it around, where `statistic` is a cheaper
+    approximation of what has it. Raises: ValueError for n < 2 or a level out of (0, 1).
     """
     if n < 2 or not 0 < level < 1:
         raise ValueError(f"jackknife: got n {n}, level {level}; needs n >= 2, 0 < level < 1")
@@ -361,6 +367,6 @@ def jackknife(statistic, n, level=0.95):
     left_out = np.array([statistic(np.delete(every, i)) for i in range(n)])
     error = np.sqrt((n - 1) * left_out.var(0))
     reach = NormalDist().inv_cdf((1 + level) / 2) * error
-    centre = np.asarray(statistic(every))
+    centre = np.asarray(statistic(every) if centre is None else centre)
     low, high = centre - reach, centre + reach
     return (float(low), float(high)) if np.ndim(low) == 0 else (low, high)

@@ -50,8 +50,9 @@ CAVEATS = (
     "Numbers of few tiles are noisy; compare a column with the real–real floor and mind the "
     "intervals (95 % over tiles: jackknife for distances between sets, else bootstrap; they know "
     "nothing of slides or patients).",
-    "The floor compares halves of every class, so half the n: an upper bound. Fréchet distances "
-    "fall with n and mean nothing alone; below some hundreds of images read KID instead.",
+    "The floor compares halves of every class, so half the n: an upper bound for distances that "
+    "fall with n, which KID does not. Fréchet distances fall with it most and mean nothing alone; "
+    "below some hundreds of images read KID instead.",
     "Features of the base's own encoder are optimistic: it conditions the model. Where all tiles "
     "share a large part of the embedding, cosines are near 1: read the one less the mean.",
     "The memorisation screen is a screen, not a guarantee; its last column, training tiles after "
