@@ -346,6 +346,7 @@ def test_the_readmes_figures_of_mutants_are_those_of_the_report():
 def test_the_readmes_figures_in_words_are_those_of_the_results():
     first, nano = RESULTS["first_run"], RESULTS["nano_nct"]
     losses = list(first["validation_loss"].values())
+    enlarged, kept = nano["vae_psnr_db"], nano["vae_psnr_db, tiles as stored"]
     trainable, share, total = re.search(
         r"= ([\d,]+) parameters, ([\d.]+) % of ([\d,]+)", first["printed"][0]).groups()
     cosines = [f"{nano['guidance'][scale]['cosine']:.2f} at {scale}" for scale in ("1", "2", "9")]
@@ -368,10 +369,25 @@ def test_the_readmes_figures_in_words_are_those_of_the_results():
             f"{trainable} of {total} parameters ({share} %)",
             f"{first['file_bytes']['lora_weights.safetensors'] / 1e6:.2f} MB (LoRA)",
             f"{first['file_bytes']['adapter.safetensors'] / 1e6:.2f} MB (adapter)",
-            f"with {nano['vae_psnr_db']['of the mean squared error']:.1f} dB",
+            f"with {enlarged['of the mean squared error']:.1f} dB (the best linear code of as many numbers, 16 principal "
+            f"components of 8×8 patches: {enlarged['linear code']:.1f}), as they are stored, {kept['px'][0]} px, with "
+            f"{kept['of the mean squared error']:.1f} dB, or {kept['mean over tiles']:.1f} as the mean over tiles "
+            f"({kept['linear code']:.1f}; the aim was 30)",
             f"cosine {', '.join(cosines)}, each ± {widest:.2f}; {len(nano['guidance_tiles'])} tiles; other tiles' conditions: "
             f"{min(others):.2f} to {max(others):.2f};".replace("-", "−"),
             *map(percents, left))
+
+
+def test_the_embedded_bases_own_page_has_the_vaes_figures():
+    text, nano = (ROOT / "weights/pixcell-nano/README.md").read_text(encoding="utf-8"), RESULTS["nano_nct"]
+    enlarged, kept = ([f"{its[key]:.1f} dB" for key in (
+        "of the mean squared error", "mean over tiles", "lowest", "linear code")]
+        for its in (nano["vae_psnr_db"], nano["vae_psnr_db, tiles as stored"]))
+    below = nano["vae_psnr_db, tiles as stored"]["tiles below 30"]
+    assert ("enlarged to 256 px | {} of the mean squared error, {} as a mean over tiles, lowest {}; the best linear "
+            "code {} |").format(*enlarged) in text
+    assert "as stored, 224 px | {}, {}, {}, {} of {} below 30; {} |".format(
+        *kept[:3], below, nano["tiles"], kept[3]) in text
 
 
 def benchmark(name):

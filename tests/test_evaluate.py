@@ -414,8 +414,32 @@ def test_dataset_has_n_per_class_goes_on_and_grows_without_changing(made, tmp_pa
     settings = [read_settings(data / "STR" / f"STR_0000{i}.png") for i in range(5)]
     assert settings[0]["tile_hash"] == settings[4]["tile_hash"] != settings[1]["tile_hash"]
     assert settings[0]["arm"] == "both" and len({s["seed"] for s in settings}) == 5
+    error = refused([*base, "--per-class", "4"], capsys)
+    assert "STR_00004.png: more than is asked for now" in error
     (data / "STR" / "notes.txt").write_text("mine")
     assert "notes.txt" in refused([*base, "--per-class", "5"], capsys)
+
+
+def test_a_dataset_grows_without_changing_where_a_tile_is_unreadable(made, tmp_path):
+    tiles, data = shutil.copytree(made[0], tmp_path / "tiles"), tmp_path / "data"
+    (tiles / "TUM" / "2.png").write_bytes(b"no image")  # the first one held out
+    (tiles / "TUM" / "lost.png").symlink_to(tmp_path / "nowhere")
+    base = command(tiles, made[1], "--arms", "both", "--count", 1, "--out", tmp_path / "out",
+                   "--save-dataset", data)
+    assert evaluate.main([*base, "--per-class", "2"]) == 0
+    small = {path: path.read_bytes() for path in data.rglob("*.png")}
+    assert evaluate.main([*base, "--per-class", "3"]) == 0
+    assert all(path.read_bytes() == content for path, content in small.items())
+    notes = json.loads((tmp_path / "out" / "report.json").read_text())["notes"]
+    for name in ("2.png", "lost.png"):
+        assert any(note.startswith(f"skipped {tiles / 'TUM' / name}: ") for note in notes)
+
+
+def test_tiles_none_of_which_can_be_opened_are_one_line(made, tmp_path, capsys):
+    (tmp_path / "tiles").mkdir()
+    (tmp_path / "tiles" / "a.png").symlink_to(tmp_path / "nowhere")
+    assert "none of 1 tiles can be opened; first skipped" in refused(
+        command(tmp_path / "tiles", made[1]), capsys)
 
 
 def test_a_class_without_held_out_tiles_takes_its_training_tiles_and_says_so(

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
 from hashlib import sha256
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -110,7 +109,7 @@ def evaluate(options) -> dict:
     notes, settings = [], vars(Config(**read_yaml(options.run / "config.yaml")))
     record = read_record(options.run)
     trained = {entry["hash"] for entry in record}
-    found = {file_hash(tile.path): tile for tile in find_tiles(options.data)}
+    found = readable(find_tiles(options.data), notes)
     held_out = {key: tile for key, tile in found.items() if key not in trained}
     if not held_out:
         raise ValueError(f"{options.data}: the run trained on all of its {len(found)} tiles; give "
@@ -123,8 +122,8 @@ def evaluate(options) -> dict:
                 image_seed(options.seed, sample.hash, number), number)
             for sample in samples for number in range(options.seeds) for arm in options.arms]
     made = plan_dataset(options, found, held_out, models, fit, notes) if options.per_class else []
-    for folder, planned in ((options.out / "images", jobs), (options.save_dataset, made)):
-        check_folder(folder, planned, shared)
+    check_folder(options.out / "images", jobs, shared)
+    check_folder(options.save_dataset, made, shared, only_planned=True)
     draw(jobs, models, shared, "drawing")
     drawn = {arm: [np.array(read_tile(job.path)) for job in jobs if job.arm == arm]
              for arm in options.arms}
@@ -193,6 +192,19 @@ def read_record(run) -> list[dict]:
     return entries
 
 
+def readable(tiles, notes) -> dict:
+    """[tile] → {hash: tile}; a file that cannot be opened is noted. Raises: ValueError: if none."""
+    found = {}
+    for tile in tiles:
+        try:
+            found[file_hash(tile.path)] = tile
+        except ValueError as error:
+            notes.append(f"skipped {error}")
+    if not found:
+        raise ValueError(f"none of {len(tiles)} tiles can be opened; first {notes[0]}")
+    return found
+
+
 def spread(tiles: dict, count: int) -> dict:
     """At most `count` of {hash: tile}: as even over classes as can be, then over their files."""
     classes, chosen = defaultdict(list), {}
@@ -226,10 +238,15 @@ def load_models(options, settings) -> Models:
                   {"base": pipeline.base_hash, "features": features_hash(base), **hashes})
 
 
-def read_samples(tiles, models, fit, notes) -> list[Sample]:
-    """{hash: tile} → samples; what is unreadable or of another size is noted. Raises: if none."""
+def read_samples(tiles, models, fit, notes, count=None) -> list[Sample]:
+    """{hash: tile} → its samples, or the first `count`; unreadable ones and other sizes are noted.
+
+    Raises: ValueError if there is none.
+    """
     samples, refitted = [], 0
     for key, tile in tqdm(tiles.items(), "reading tiles", unit="tile", disable=None):
+        if len(samples) == count:
+            break
         try:
             image = read_tile(tile.path)
         except ValueError as error:
@@ -287,8 +304,11 @@ def image_settings(options, settings, models):
         for part in ("adapter", "lora")}}
 
 
-def check_folder(folder, jobs, shared) -> None:
-    """Raises: ValueError if a folder holds other files, or images made with other settings."""
+def check_folder(folder, jobs, shared, only_planned=False) -> None:
+    """Raises: ValueError if a folder holds other files, or images made with other settings.
+
+    only_planned: it is to hold the images of these jobs, and no more.
+    """
     planned = {job.path: {"seed": job.seed, "tile_hash": job.sample.hash} for job in jobs}
     files = sorted(folder.rglob("*")) if folder and folder.is_dir() else []
     for path in (path for path in files if path.is_file() and not path.name.startswith(".")):
@@ -304,6 +324,9 @@ def check_folder(folder, jobs, shared) -> None:
         if changed:
             raise ValueError(f"{path}: made with other settings: {'; '.join(changed)}; choose "
                              f"another folder or delete {folder}")
+        if only_planned and path not in planned:
+            raise ValueError(f"{path}: more than is asked for now; choose another folder, or delete "
+                             "what is too much")
 
 
 @torch.no_grad()
@@ -334,7 +357,7 @@ def plan_dataset(options, found, held_out, models, fit, notes) -> list[Job]:
             mine = {key: tile for key, tile in found.items() if tile.label == label}
             notes.append(f"dataset: {label} has no held-out tile; drawn from its training tiles")
         # The first ones, not spread: image i must not change when --per-class grows.
-        samples = read_samples(dict(islice(mine.items(), options.per_class)), models, fit, notes)
+        samples = read_samples(mine, models, fit, notes, options.per_class)
         for i in range(options.per_class):
             sample = samples[i % len(samples)]
             path = options.save_dataset / (label or "") / f"{label or 'tile'}_{i:05d}.png"
