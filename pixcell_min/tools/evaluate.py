@@ -325,7 +325,7 @@ def check_folder(folder, jobs, shared, only_planned=False) -> None:
             raise ValueError(f"{path}: made with other settings: {'; '.join(changed)}; choose "
                              f"another folder or delete {folder}")
         if only_planned and path not in planned:
-            raise ValueError(f"{path}: more than is asked for now; choose another folder, or delete "
+            raise ValueError(f"{path}: more than is asked for now; choose another folder or delete "
                              "what is too much")
 
 
