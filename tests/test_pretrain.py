@@ -4,15 +4,19 @@ import contextlib
 import dataclasses
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from pixcell_min import checkpoint
 from pixcell_min.base import load_pixcell_base
 from pixcell_min.checkpoint import file_hash, load_object
 from pixcell_min.tools import pretrain
 from pixcell_min.tools.synthetic import render_tile
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def generator(seed=0):
@@ -61,7 +65,7 @@ def test_rate_rises_stays_and_falls(step, factor):
 def test_matrices_go_to_muon_and_all_other_weights_to_adamw(tmp_path):
     module = torch.nn.ModuleDict(
         {"inner": torch.nn.Conv2d(4, 4, 3), "conv_in": torch.nn.Conv2d(3, 4, 3)})
-    trainer = pretrain.Trainer({"m": module}, 1e-3, tmp_path / "state.pt")
+    trainer = pretrain.Trainer({"m": module}, 1e-3, tmp_path / "state.pt", {})
     assert [view.shape for view in trainer.views] == [(4, 36)]
     assert len(trainer.optimizers[0].param_groups[0]["params"]) == 3  # 2 biases, conv_in's weight
     before = [p.detach().clone() for p in module.parameters()]
@@ -92,7 +96,7 @@ def test_a_resumed_stage_equals_an_uninterrupted_one(tmp_path):
     def run(path, totals):
         for total in totals:
             module = torch.nn.Linear(4, 4)
-            trainer = pretrain.Trainer({"m": module}, 1e-2, path)
+            trainer = pretrain.Trainer({"m": module}, 1e-2, path, {})
             if not path.exists():
                 torch.nn.init.eye_(module.weight), torch.nn.init.zeros_(module.bias)
                 trainer.ema = {name: p.detach().clone() for name, p in trainer.parameters.items()}
@@ -162,6 +166,14 @@ def miniature(monkeypatch):
         monkeypatch.setattr(pretrain, name, 2)
 
 
+def miniature_flags(folder, device="cpu"):
+    """The command of a base of a few steps in `folder`/base; state and tiles in `folder`/work."""
+    return ["--out", str(folder / "base"), "--work", str(folder / "work"), "--procedural", "3",
+            "--vae-half-steps", "1", "--vae-steps", "1", "--half-steps", "2", "--steps", "2",
+            "--half-batch", "2", "--batch", "2", "--workers", "1", "--device", device,
+            *(["--no-bf16"] if device == "cpu" else [])]
+
+
 @pytest.fixture
 def open_folder(tmp_path):
     """Two images of tissue to cut crops from."""
@@ -205,7 +217,7 @@ def test_a_step_lies_on_the_chosen_device_and_asks_it_for_no_number(
     args = SimpleNamespace(
         **({"freeze_encoder": False} | flags), device=torch.device("meta"), seed=0, start_from=None,
         vae_learning_rate=1e-3, learning_rate=1e-3, half_steps=1, steps=1, vae_half_steps=1,
-        vae_steps=1, half_batch=4, batch=3, bf16=False, out=tmp_path)
+        vae_steps=1, half_batch=4, batch=3, bf16=False, out=tmp_path, bank="")
     tiles = torch.zeros(5, 3, 256, 256, dtype=torch.uint8, device="meta")
     latents = torch.zeros(5, 16, 32, 32, dtype=torch.float16, device="meta")
     trainers, devices = [], []
@@ -217,7 +229,7 @@ def test_a_step_lies_on_the_chosen_device_and_asks_it_for_no_number(
             devices.append(loss.device.type)
         raise InterruptedError  # nothing to write
 
-    def trainer(modules, rate, path):
+    def trainer(modules, rate, path, settings):
         trainers.append(modules)
         return SimpleNamespace(step=0)
 
@@ -242,10 +254,7 @@ def test_a_step_lies_on_the_chosen_device_and_asks_it_for_no_number(
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU here")])])
 def test_a_miniature_base_is_made_and_loads_like_any_other(tmp_path, miniature, capsys, device):
-    flags = ["--out", str(tmp_path / "base"), "--work", str(tmp_path / "work"),
-             "--procedural", "3", "--vae-half-steps", "1", "--vae-steps", "1", "--half-steps", "2", "--steps", "2",
-             "--half-batch", "2", "--batch", "2", "--workers", "1", "--device", device,
-             *(["--no-bf16"] if device == "cpu" else [])]
+    flags = miniature_flags(tmp_path, device)
     assert pretrain.main(flags) == 0
     pipeline = load_pixcell_base(tmp_path / "base", "cpu", "no")
     image = pipeline(pipeline.encoder(render_tile(1)), num_inference_steps=2).images[0]
@@ -269,6 +278,73 @@ def test_a_miniature_base_is_made_and_loads_like_any_other(tmp_path, miniature, 
     assert pretrain.main(more + ["--work", str(tmp_path / "work2")]) == 0
     changed = {name for name, path in weights.items() if file_hash(path) != before[name]}
     assert changed == {"transformer/diffusion_pytorch_model.safetensors"}
+
+
+def test_a_state_begun_with_other_settings_is_refused_by_name(tmp_path, miniature, capsys):
+    flags, other = miniature_flags(tmp_path), tmp_path / "other"
+    base, work = tmp_path / "base", tmp_path / "work"
+    assert pretrain.main(flags) == 0
+    shutil.copytree(base, other)
+    start = ["--start-from", str(other)]
+    vae, joint = flags + ["--stage", "vae"], flags + ["--stage", "joint"]
+    thawed = joint + ["--work", str(tmp_path / "frozen")]
+    frozen = thawed + ["--freeze-encoder"]
+    assert pretrain.main(frozen + start) == 0
+    states = {path: file_hash(path) for path in tmp_path.rglob("*.pt")}
+    assert sorted(path.stem for path in states) == ["joint", "joint", "vae"]
+    capsys.readouterr()
+
+    def refused(command, words):
+        assert pretrain.main(command) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert "cannot go on: " + words in line and "another --work" in line
+        assert states == {path: file_hash(path) for path in states}
+
+    refused(vae + ["--vae-learning-rate", "1e-2"], "vae_learning_rate was 0.001, is 0.01; give")
+    refused(vae + ["--bf16"], "bf16 was False, is True; give")
+    refused(vae + start, "start_from was None, is ")
+    refused(joint + ["--learning-rate", "1e-2"], "learning_rate was 0.001, is 0.01; give")
+    refused(joint + ["--batch", "3", "--half-batch", "4"],
+            "half_batch was 2, is 4; batch was 2, is 3; give")
+    refused(joint + start + ["--freeze-encoder"],
+            "freeze_encoder was False, is True; start_from was None, is ")
+    refused(thawed, "freeze_encoder was True, is False; start_from was ")
+    made_with = checkpoint.read_tensors(work / pretrain.BANK)[1]["made_with"]
+    checkpoint.save_tensors(work / pretrain.BANK, {"tiles": torch.zeros(
+        3, 3, 256, 256, dtype=torch.uint8)}, {"made_with": made_with})
+    refused(vae, "bank was ")
+    # The weights of --start-from count, not its name.
+    again = shutil.copytree(base, tmp_path / "again") / "transformer"
+    assert file_hash(again / WEIGHTS) != file_hash(other / "transformer" / WEIGHTS)
+    refused(frozen + ["--start-from", str(tmp_path / "again")], "start_from was ")
+    shutil.copy(other / "transformer" / WEIGHTS, again)
+    assert pretrain.main(frozen + ["--start-from", str(tmp_path / "again")]) == 0
+
+
+def test_a_state_goes_on_with_more_steps_and_over_the_base_it_began_from(
+        tmp_path, miniature, capsys):
+    flags = miniature_flags(tmp_path)
+    assert pretrain.main(flags) == 0
+    more = flags + ["--vae-half-steps", "2", "--vae-steps", "2", "--half-steps", "3"]
+    assert pretrain.main(more) == 0
+    assert [load_object(tmp_path / "work" / f"{stage}.pt")["step"] for stage in ("vae", "joint")
+            ] == [4, 5]
+    for extra in ([], ["--freeze-encoder"]):
+        over = flags + ["--start-from", str(tmp_path / "base"), *extra,
+                        "--work", str(tmp_path / f"over{len(extra)}")]
+        assert pretrain.main(over) == 0
+        assert pretrain.main(over) == 0
+
+
+def test_a_state_of_older_code_is_refused_in_a_line(tmp_path):
+    module = torch.nn.Linear(4, 4)
+    trainer = pretrain.Trainer({"m": module}, 1e-2, tmp_path / "state.pt", {})
+    trainer.save()
+    older = load_object(trainer.path)
+    del older["settings"]
+    checkpoint.save_object(trainer.path, older)
+    with pytest.raises(ValueError, match="state.pt: saved by another version of this code"):
+        pretrain.Trainer({"m": module}, 1e-2, trainer.path, {})
 
 
 def test_missing_images_are_one_line(tmp_path, capsys):

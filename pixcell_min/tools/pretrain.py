@@ -6,7 +6,8 @@
 Trained on procedural tiles of the first laboratory and on openly licensed H&E images. The encoder
 sees its tile under another stain and another flip than the transformer must draw: its embedding can
 only speak of morphology, as UNI2-h's does, and the palette becomes the base's own. Running the same
-command again continues from the last saved state.
+command again continues from the last saved state, which other settings refuse: the numbers of steps
+alone may change.
 """
 
 import argparse
@@ -43,6 +44,7 @@ from pixcell_min.uni import IMAGENET_MEAN, IMAGENET_STD, TileEncoder
 from pixcell_min.vae import AutoencoderKL, VAEConfig
 
 TILE = 256  # px
+BANK = "tiles.safetensors"  # in the work folder
 # Crops give more steps for the time. But group norm and attention see a whole tile otherwise than a
 # part (29.9 dB where the parts alone have 32.9), so that each stage ends on whole tiles.
 CROP = 128  # px
@@ -223,10 +225,26 @@ def is_hidden_matrix(name, parameter):
     return parameter.ndim >= 2 and not any(word in name for word in special)
 
 
-class Trainer:
-    """Parameters, optimizers, exponential moving average and resumable step counter of a stage."""
+def stage_settings(args, names, modules, frozen=()):
+    """{name: value} of what a stage's result depends on, but for its numbers of steps, which may grow.
 
-    def __init__(self, modules, rate, path):
+    names: the options that count in this stage; modules, frozen: the networks as --start-from gave
+    them, trained and not.
+    """
+    if args.start_from and args.out.resolve() == args.start_from.resolve():
+        modules = ()  # the run itself writes over them: the same command would find others
+    start = [module.state_dict() for module in (*modules, *frozen)]
+    return {**{name: getattr(args, name) for name in ("seed", "bf16", "bank", *names)},
+            "start_from": checkpoint.content_hash(start)[:16] if args.start_from else None}
+
+
+class Trainer:
+    """Parameters, optimizers, exponential moving average and resumable step counter of a stage.
+
+    settings: what a saved state must agree in to go on. Raises: ValueError, by name, if it does not.
+    """
+
+    def __init__(self, modules, rate, path, settings):
         named = [(f"{name}.{key}", p) for name, m in modules.items()
                  for key, p in m.named_parameters()]
         self.matrices = [p for n, p in named if is_hidden_matrix(n, p)]
@@ -243,18 +261,30 @@ class Trainer:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["peak"] = group["lr"]
-        self.parameters, self.path, self.step = dict(named), path, 0
+        self.parameters, self.path, self.step, self.settings = dict(named), path, 0, settings
         self.ema = {name: p.detach().clone() for name, p in named}
         if path.exists():
-            state = checkpoint.load_object(path)
-            self.step = state["step"]
-            with torch.no_grad():  # copied: the state is read to the CPU, wherever it was saved
-                for name, p in named:
-                    p.copy_(state["parameters"][name])
-                    self.ema[name].copy_(state["ema"][name])
-            for optimizer, values in zip(self.optimizers, state["optimizers"]):
-                optimizer.load_state_dict(values)
-            print(f"{path}: continuing at step {self.step}")
+            self.load()
+
+    def load(self):
+        """Put the saved state back. Raises: ValueError if it was begun with other settings."""
+        state = checkpoint.load_object(self.path)
+        if "settings" not in state:
+            raise ValueError(f"{self.path}: saved by another version of this code; give another "
+                             "--work")
+        begun = state["settings"]
+        if changed := [f"{name} was {begun.get(name)}, is {value}"
+                       for name, value in self.settings.items() if begun.get(name) != value]:
+            raise ValueError(f"{self.path}: cannot go on: {'; '.join(changed)}; give the same "
+                             "settings or another --work")
+        self.step = state["step"]
+        with torch.no_grad():  # copied: the state is read to the CPU, wherever it was saved
+            for name, p in self.parameters.items():
+                p.copy_(state["parameters"][name])
+                self.ema[name].copy_(state["ema"][name])
+        for optimizer, values in zip(self.optimizers, state["optimizers"]):
+            optimizer.load_state_dict(values)
+        print(f"{self.path}: continuing at step {self.step}")
 
     def update(self, loss, total):
         """One optimizer step at clipped gradient; returns the gradient norm."""
@@ -278,7 +308,7 @@ class Trainer:
 
     def save(self):
         checkpoint.save_object(self.path, {
-            "step": self.step, "ema": self.ema,
+            "step": self.step, "settings": self.settings, "ema": self.ema,
             "parameters": {n: p.detach() for n, p in self.parameters.items()},
             "optimizers": [o.state_dict() for o in self.optimizers]})
 
@@ -361,8 +391,9 @@ def train_vae(args, work, tiles):
     if args.start_from:
         checkpoint.load_strict(vae, AutoencoderKL.from_pretrained(
             args.start_from / "vae").state_dict(), args.start_from)
+    settings = stage_settings(args, ("vae_learning_rate",), [vae])
     vae.to(args.device)
-    trainer = Trainer({"vae": vae}, args.vae_learning_rate, work / "vae.pt")
+    trainer = Trainer({"vae": vae}, args.vae_learning_rate, work / "vae.pt", settings)
     center, matrix = (part.to(args.device)
                       for part in patch_basis(tiles, generator_for(args.seed, 0)))
 
@@ -486,6 +517,9 @@ def train_transformer(args, work, tiles, latents):
             args.start_from / "transformer").state_dict(), args.start_from)
         checkpoint.load_strict(encoder, TileEncoder.from_pretrained(
             args.start_from / "uni").state_dict(), args.start_from)
+    modules = ([transformer], [encoder]) if args.freeze_encoder else ([transformer, encoder],)
+    settings = stage_settings(
+        args, ("learning_rate", "half_batch", "batch", "freeze_encoder"), *modules)
     transformer.to(device), encoder.to(device)
     window = WindowPatchEmbed(NANO_TRANSFORMER, transformer.proj_out.in_features)
     window.proj = transformer.pos_embed.proj
@@ -495,7 +529,7 @@ def train_transformer(args, work, tiles, latents):
     trained = {"transformer": transformer}
     if not args.freeze_encoder:
         trained |= {"encoder": encoder, "head": head}
-    trainer = Trainer(trained, args.learning_rate, work / "joint.pt")
+    trainer = Trainer(trained, args.learning_rate, work / "joint.pt", settings)
     total = args.half_steps + args.steps
     moments = latent_moments(latents[::max(1, len(latents) // 1000)].float())
     center, spread = moments.mean(0), moments.std(0)
@@ -606,7 +640,8 @@ def parse_pretrain(arguments=None):
     parser.add_argument("--measure", type=Path,
                         help="folder of tiles never trained on, for the VAE's PSNR")
     parser.add_argument("--start-from", type=Path,
-                        help="base folder to carry on from, unless --work has a state")
+                        help="base folder to begin from; a state in --work that began elsewhere "
+                        "is refused")
     parser.add_argument("--stage", choices=("all", "vae", "joint"), default="all")
     parser.add_argument("--freeze-encoder", action="store_true",
                         help="train the transformer alone, the encoder as --start-from has it")
@@ -648,6 +683,7 @@ def pretrain(args):
     """
     args.device = choose_device(args.device)
     tiles = training_tiles(args, args.work)
+    args.bank = checkpoint.file_hash(args.work / BANK)[:16]
     if args.stage in ("all", "vae"):
         vae = train_vae(args, args.work, tiles)
     else:
