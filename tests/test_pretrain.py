@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 from pixcell_min import checkpoint
 from pixcell_min.base import load_pixcell_base
@@ -197,6 +198,72 @@ def test_the_bank_does_not_depend_on_the_number_of_processes(tmp_path, open_fold
     assert torch.equal(bank(2, 20), alone)
     assert torch.equal(bank(1, 5), alone[:7])  # a crop knows its number, not the others
     assert torch.equal(bank(1, 20), alone)  # read back
+
+
+def test_a_bank_of_other_images_is_refused(tmp_path, open_folder):
+    def bank(folder):
+        return pretrain.training_tiles(SimpleNamespace(
+            seed=3, procedural=0, open_tiles=folder, open_crops=2, workers=1,
+            device=torch.device("cpu")), tmp_path / "work")
+
+    made = bank(open_folder)
+    moved = shutil.copytree(open_folder, tmp_path / "moved")
+    assert torch.equal(bank(moved), made)
+    render_tile(7, "STR").save(moved / "TUM.png")
+    with pytest.raises(ValueError, match="another --work"):
+        bank(moved)
+
+
+@pytest.mark.parametrize("change", ["vae", "bank", "bf16"])
+def test_latents_are_made_anew_for_another_vae_bank_or_precision(tmp_path, change):
+    class VAE(torch.nn.Module):
+        def encode(self, pixels):
+            return pixels[:, :1].repeat(1, 16, 1, 1)[..., :32, :32], None
+
+    def latents(colour):
+        return pretrain.latent_bank(args, tmp_path, torch.full(
+            (2, 3, 256, 256), colour, dtype=torch.uint8), VAE())
+
+    args = SimpleNamespace(device=torch.device("cpu"), bf16=False, out=tmp_path, bank="a")
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / WEIGHTS).write_bytes(b"a")
+    first = latents(0)
+    assert torch.equal(latents(255), first)  # read back
+    if change == "vae":
+        (tmp_path / "vae" / WEIGHTS).write_bytes(b"b")
+    else:
+        setattr(args, change, "b" if change == "bank" else True)
+    assert torch.equal(latents(255), -first)
+
+
+def test_an_image_too_small_for_a_crop_is_refused_before_any_work(
+        tmp_path, open_folder, monkeypatch, capsys):
+    monkeypatch.setattr(pretrain, "run_jobs", None)
+    render_tile(0).crop((0, 0, 256, 191)).save(open_folder / "small.png")
+    assert pretrain.main(["--work", str(tmp_path / "work"), "--open-tiles", str(open_folder)]) == 2
+    error = capsys.readouterr().err
+    assert "small.png: 256×191 px; a crop takes 192 px or more" in error
+
+
+def test_the_smallest_image_gives_a_crop_and_glass_alone_is_refused(tmp_path):
+    for name, image in {"tissue": render_tile(0, "TUM").crop((0, 0, 192, 192)),
+                        "glass": Image.new("RGB", (256, 256), "white")}.items():
+        (tmp_path / name).mkdir()
+        image.save(tmp_path / name / "tile.png")
+    assert pretrain.open_crop(tmp_path / "tissue", 0, 0).shape == (3, 256, 256)
+    with pytest.raises(ValueError, match="glass: no tissue in 1000 tries"):
+        pretrain.open_crop(tmp_path / "glass", 0, 0)
+
+
+@pytest.mark.parametrize("flags", [
+    ["--procedural", "0"], ["--procedural", "1"], ["--procedural", "0", "--open-crops", "9"],
+    ["--procedural", "0", "--open-crops", "0", "--open-tiles", "."], ["--procedural", "-1"]])
+def test_too_few_tiles_are_one_line_before_any_work(tmp_path, capsys, flags):
+    with pytest.raises(SystemExit, match="2"):
+        pretrain.main(["--work", str(tmp_path / "work"), *flags])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("pretrain: error: ") and "--procedural" in line
+    assert not (tmp_path / "work").exists()
 
 
 def test_an_unreadable_image_is_one_line_whatever_the_number_of_processes(tmp_path, capsys):

@@ -30,7 +30,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from pixcell_min import checkpoint
-from pixcell_min.checks import DEVICE, OneLineParser, one_line, positive_int
+from pixcell_min.checks import DEVICE, OneLineParser, nonnegative_int, one_line, positive_int
 from pixcell_min.data import (find_tiles, fit_tile, image_to_tensor, read_tile,
                               tensor_to_image)
 from pixcell_min.embeddings import PatchEmbed, sincos_grid
@@ -44,6 +44,8 @@ from pixcell_min.uni import IMAGENET_MEAN, IMAGENET_STD, TileEncoder
 from pixcell_min.vae import AutoencoderKL, VAEConfig
 
 TILE = 256  # px
+MIN_CROP, MAX_CROP = 192, 512  # px of an open image
+CROP_TRIES = 1000  # a crop with a tenth of tissue is kept once in six
 BANK = "tiles.safetensors"  # in the work folder
 # Crops give more steps for the time. But group norm and attention see a whole tile otherwise than a
 # part (29.9 dB where the parts alone have 32.9), so that each stage ends on whole tiles.
@@ -148,8 +150,16 @@ def open_paths(folder):
 
 @lru_cache(maxsize=1)
 def open_images(folder):
-    """All images below `folder`, and how often each is drawn: by its side, as they sum to 1."""
-    images = [read_tile(path) for path in open_paths(folder)]
+    """All images below `folder`, and how often each is drawn: by its side, as they sum to 1.
+
+    Raises: ValueError naming an image that cannot be read or is too small for a crop.
+    """
+    paths = open_paths(folder)
+    images = [read_tile(path) for path in paths]
+    for path, image in zip(paths, images):
+        if min(image.size) < MIN_CROP:
+            raise ValueError(f"{path}: {image.width}×{image.height} px; a crop takes {MIN_CROP} px "
+                             "or more of either side")
     sides = np.array([math.sqrt(image.width * image.height) for image in images])
     return images, sides / sides.sum()
 
@@ -158,18 +168,21 @@ def open_crop(folder, seed, index):
     """Random crop `index` from below `folder`: side 192 to 512 px resized to 256, some tissue.
 
     (3, 256, 256) uint8. It depends on its arguments alone, so not on which process draws it.
+    Raises: ValueError if there seems to be no tissue at all.
     """
     images, shares = open_images(folder)
     rng = np.random.default_rng([seed, index])
-    while True:
+    for _ in range(CROP_TRIES):
         image = images[rng.choice(len(images), p=shares)]
-        side = int(np.exp(rng.uniform(np.log(192), np.log(min(512, *image.size)))))
+        side = int(np.exp(rng.uniform(np.log(MIN_CROP), np.log(min(MAX_CROP, *image.size)))))
         left, top = rng.integers(image.width - side + 1), rng.integers(image.height - side + 1)
         crop = image.resize((TILE, TILE), Image.Resampling.LANCZOS,
                             box=(left, top, left + side, top + side))
         tissue = (np.asarray(crop).min(axis=2) < 200).mean()
         if tissue > rng.uniform(0, 0.6):  # empty glass is easy: keep only some of it
             return dihedral(to_uint8(crop), int(rng.integers(8))).numpy()
+    raise ValueError(f"{folder}: no tissue in {CROP_TRIES} tries at a crop; expected H&E images, "
+                     "not empty glass")
 
 
 def run_jobs(jobs, workers):
@@ -193,11 +206,15 @@ def run_jobs(jobs, workers):
 def training_tiles(args, work):
     """The bank of training tiles, (N, 3, 256, 256) uint8, made once and kept in the work folder.
 
-    Raises: ValueError if the folder holds a bank made with other settings.
+    Raises: ValueError if the folder holds a bank made with other settings or of other images, or if
+    an image cannot be cropped.
     """
-    path = work / "tiles.safetensors"
-    made_with = json.dumps({"seed": args.seed, "procedural": args.procedural, "open_crops":
-                            args.open_crops if args.open_tiles else 0, "seeds": "one per tile"})
+    path, crops = work / BANK, args.open_crops if args.open_tiles else 0
+    # In the order in which crops draw from them: their place and names do not count.
+    images = [checkpoint.file_hash(its) for its in open_paths(args.open_tiles)] if crops else []
+    made_with = json.dumps({
+        "seed": args.seed, "procedural": args.procedural, "open_crops": crops,
+        "open_images": checkpoint.content_hash(images)[:16], "seeds": "one per tile"})
     if path.exists():
         tensors, header = checkpoint.read_tensors(path)
         if header.get("made_with") != made_with:
@@ -205,10 +222,11 @@ def training_tiles(args, work):
                              "give the same settings or another --work")
         return tensors["tiles"].to(args.device)
     jobs = [partial(procedural_tile, args.seed * 10_000_000 + i) for i in range(args.procedural)]
-    if args.open_tiles:
-        open_paths(args.open_tiles)  # refuses an empty folder before the work begins
-        jobs += [partial(open_crop, args.open_tiles, args.seed, i) for i in range(args.open_crops)]
+    if crops:
+        open_images(args.open_tiles)  # refuses one that is of no use before the work begins
+        jobs += [partial(open_crop, args.open_tiles, args.seed, i) for i in range(crops)]
     tiles = run_jobs(jobs, args.workers)
+    open_images.cache_clear()
     checkpoint.save_tensors(path, {"tiles": tiles}, {"made_with": made_with})
     return tiles.to(args.device)
 
@@ -226,7 +244,7 @@ def is_hidden_matrix(name, parameter):
 
 
 def stage_settings(args, names, modules, frozen=()):
-    """{name: value} of what a stage's result depends on, but for its numbers of steps, which may grow.
+    """{name: value} that a stage's result depends on, but for numbers of steps, which may grow.
 
     names: the options that count in this stage; modules, frozen: the networks as --start-from gave
     them, trained and not.
@@ -241,7 +259,7 @@ def stage_settings(args, names, modules, frozen=()):
 class Trainer:
     """Parameters, optimizers, exponential moving average and resumable step counter of a stage.
 
-    settings: what a saved state must agree in to go on. Raises: ValueError, by name, if it does not.
+    settings: what a saved state must agree in. Raises: ValueError, by name, if it does not.
     """
 
     def __init__(self, modules, rate, path, settings):
@@ -426,13 +444,14 @@ def train_vae(args, work, tiles):
 
 
 def latent_bank(args, work, tiles, vae):
-    """Posterior means of all tiles, (N, 16, 32, 32) float16, made once for this VAE."""
+    """Posterior means of all tiles, (N, 16, 32, 32) float16, made once for this VAE and bank."""
     vae.to(args.device)
     path = work / "latents.safetensors"
-    fingerprint = checkpoint.file_hash(args.out / "vae" / "diffusion_pytorch_model.safetensors")
+    weights = args.out / "vae" / "diffusion_pytorch_model.safetensors"
+    made_from = {"vae": checkpoint.file_hash(weights), "tiles": args.bank, "bf16": str(args.bf16)}
     if path.exists():
         tensors, header = checkpoint.read_tensors(path)
-        if header.get("vae") == fingerprint and len(tensors["latents"]) == len(tiles):
+        if header.items() >= made_from.items():
             return tensors["latents"].to(args.device)
     latents = []
     at_once = 8 if args.device.type == "cpu" else 64
@@ -441,7 +460,7 @@ def latent_bank(args, work, tiles, vae):
             pixels = (part.float() / 127.5 - 1).contiguous(memory_format=layout(args.device))
             latents.append(vae.encode(pixels)[0].half().contiguous())
     latents = torch.cat(latents)
-    checkpoint.save_tensors(path, {"latents": latents}, {"vae": fingerprint})
+    checkpoint.save_tensors(path, {"latents": latents}, made_from)
     return latents
 
 
@@ -645,8 +664,9 @@ def parse_pretrain(arguments=None):
     parser.add_argument("--stage", choices=("all", "vae", "joint"), default="all")
     parser.add_argument("--freeze-encoder", action="store_true",
                         help="train the transformer alone, the encoder as --start-from has it")
-    parser.add_argument("--procedural", type=int, default=4000, help="procedural tiles in the bank")
-    parser.add_argument("--open-crops", type=int, default=4000,
+    parser.add_argument("--procedural", type=nonnegative_int, default=4000,
+                        help="procedural tiles in the bank")
+    parser.add_argument("--open-crops", type=nonnegative_int, default=4000,
                         help="crops of open images in the bank")
     parser.add_argument("--vae-half-steps", type=int, default=2600,
                         help="VAE steps on 128-px crops, batch 4")
@@ -673,6 +693,9 @@ def parse_pretrain(arguments=None):
     args = parser.parse_args(arguments)
     if args.freeze_encoder and not args.start_from:
         parser.error("--freeze-encoder keeps the encoder of --start-from; name that base")
+    if (tiles := args.procedural + (args.open_crops if args.open_tiles else 0)) < 2:
+        parser.error(f"expected 2 tiles or more to train on, got {tiles}; raise --procedural, or "
+                     "give --open-tiles and --open-crops")
     return args
 
 
