@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import shutil
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -75,13 +76,21 @@ def test_matrices_go_to_muon_and_all_other_weights_to_adamw(tmp_path):
     assert all(not torch.equal(a, b) for a, b in zip(before, module.parameters()))
 
 
-def test_the_logged_loss_is_a_moving_average_of_every_step(tmp_path):
+def test_the_logged_loss_is_a_moving_average_of_every_step(tmp_path, monkeypatch):
     losses = [1 / (step + 1) for step in range(100)]
-    trainer = SimpleNamespace(step=0, path=tmp_path / "s.pt", save=lambda: None)
+    trainer = SimpleNamespace(
+        step=0, path=tmp_path / "s.pt", save=lambda: None, parameters={"p": torch.zeros(2)})
 
     def update(loss, total):
         trainer.step += 1
 
+    check, asked = pretrain.check_finite, []
+
+    def count(trainer, *its):
+        asked.append(trainer.step)
+        check(trainer, *its)
+
+    monkeypatch.setattr(pretrain, "check_finite", count)
     trainer.update = update
     pretrain.run_stage(trainer, 100, lambda _: torch.tensor(losses[trainer.step]), "stage", 0)
     smooth, expected = None, []
@@ -91,6 +100,34 @@ def test_the_logged_loss_is_a_moving_average_of_every_step(tmp_path):
             expected.append({"step": step, "loss": smooth, "stage": "stage"})
     lines = (tmp_path / "s.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == expected
+    assert asked == [50, 100, 100]  # each makes the CPU wait for a GPU: for the log, for the state
+
+
+@pytest.mark.parametrize("fault", ["loss", "gradient"])
+@pytest.mark.parametrize("at, total, save_seconds, found", [
+    (98, 120, 300, 100), (3, 60, -1, 4), (1, 49, 300, 49)], ids=["log", "timed save", "last save"])
+def test_what_is_not_finite_stops_the_stage_and_leaves_the_state(
+        tmp_path, monkeypatch, fault, at, total, save_seconds, found):
+    """Found at the next question for numbers, at the latest before the state is written over."""
+    monkeypatch.setattr(pretrain, "SAVE_SECONDS", save_seconds)
+    module, path = torch.nn.Linear(4, 4), tmp_path / "state.pt"
+    trainer = pretrain.Trainer({"m": module}, 1e-2, path, {})
+    trainer.save()
+
+    def loss_at(generator):
+        loss = module(torch.ones(4)).square().mean()
+        if trainer.step != at:
+            return loss
+        # The root of 0 is 0, and its slope infinite.
+        return loss * math.inf if fault == "loss" else loss + (module.weight * 0).sum().sqrt()
+
+    with pytest.raises(ValueError) as error:
+        pretrain.run_stage(trainer, total, loss_at, "joint", 0)
+    assert str(error.value).startswith(f"joint: a loss or weight is NaN or infinite by step {found};")
+    assert "\n" not in str(error.value) and "--learning-rate" in str(error.value)
+    state = load_object(path)
+    assert state["step"] == (at if save_seconds < 0 else 0)
+    assert all(p.isfinite().all() for p in state["parameters"].values())
 
 
 def test_a_resumed_stage_equals_an_uninterrupted_one(tmp_path):
@@ -257,12 +294,12 @@ def test_the_smallest_image_gives_a_crop_and_glass_alone_is_refused(tmp_path):
 
 @pytest.mark.parametrize("flags", [
     ["--procedural", "0"], ["--procedural", "1"], ["--procedural", "0", "--open-crops", "9"],
-    ["--procedural", "0", "--open-crops", "0", "--open-tiles", "."], ["--procedural", "-1"]])
+    ["--procedural", "0", "--open-crops", "0", "--open-tiles", "."], ["--open-crops", "-1"]])
 def test_too_few_tiles_are_one_line_before_any_work(tmp_path, capsys, flags):
     with pytest.raises(SystemExit, match="2"):
         pretrain.main(["--work", str(tmp_path / "work"), *flags])
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("pretrain: error: ") and "--procedural" in line
+    assert line.startswith("pretrain: error: ") and "--open-crops" in line
     assert not (tmp_path / "work").exists()
 
 
@@ -380,12 +417,42 @@ def test_a_state_begun_with_other_settings_is_refused_by_name(tmp_path, miniatur
     checkpoint.save_tensors(work / pretrain.BANK, {"tiles": torch.zeros(
         3, 3, 256, 256, dtype=torch.uint8)}, {"made_with": made_with})
     refused(vae, "bank was ")
-    # The weights of --start-from count, not its name.
-    again = shutil.copytree(base, tmp_path / "again") / "transformer"
-    assert file_hash(again / WEIGHTS) != file_hash(other / "transformer" / WEIGHTS)
-    refused(frozen + ["--start-from", str(tmp_path / "again")], "start_from was ")
-    shutil.copy(other / "transformer" / WEIGHTS, again)
-    assert pretrain.main(frozen + ["--start-from", str(tmp_path / "again")]) == 0
+    # The weights of --start-from count, the frozen encoder's too, not its name.
+    again = shutil.copytree(other, tmp_path / "again")
+    for path in (again / "transformer" / WEIGHTS, again / "uni" / "model.safetensors"):
+        weights = path.read_bytes()
+        checkpoint.save_tensors(
+            path, {name: value / 2 for name, value in checkpoint.read_tensors(path)[0].items()})
+        refused(frozen + ["--start-from", str(again)], "start_from was ")
+        path.write_bytes(weights)
+    assert pretrain.main(frozen + ["--start-from", str(again)]) == 0
+
+
+def test_a_base_made_with_stops_is_that_of_one_go_to_the_byte(
+        tmp_path, miniature, monkeypatch, capsys):
+    """Stopped by signals within each stage, on parts and whole tiles; gone on by the same command."""
+    whole, parts = (miniature_flags(tmp_path / name) + ["--vae-half-steps", "2", "--vae-steps", "2"]
+                    for name in ("whole", "parts"))
+    assert pretrain.main(whole) == 0
+    update = pretrain.Trainer.update
+    for stop in [("vae", 1, signal.SIGINT), ("vae", 3, signal.SIGTERM),
+                 ("joint", 1, signal.SIGTERM), ("joint", 3, signal.SIGINT)]:
+        def update_and_stop(trainer, *its, stop=stop):
+            if (trainer.path.stem, trainer.step + 1) == stop[:2]:
+                signal.raise_signal(stop[2])  # within a step, which is made whole all the same
+            update(trainer, *its)
+
+        monkeypatch.setattr(pretrain.Trainer, "update", update_and_stop)
+        assert pretrain.main(parts) == 128 + stop[2]
+        assert "\npretrain: interrupted; the same command" in capsys.readouterr().err
+        assert load_object(tmp_path / "parts" / "work" / f"{stop[0]}.pt")["step"] == stop[1]
+    monkeypatch.setattr(pretrain.Trainer, "update", update)
+    assert pretrain.main(parts) == 0
+    files = {path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole" / "base").rglob(
+        "*.*")}
+    assert len(files) == 7  # weights and settings of three networks, the scheduler's settings
+    for path in files:
+        assert (tmp_path / "parts" / path).read_bytes() == (tmp_path / "whole" / path).read_bytes()
 
 
 def test_a_state_goes_on_with_more_steps_and_over_the_base_it_began_from(

@@ -16,6 +16,7 @@ import math
 import multiprocessing
 import operator
 import os
+import signal
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -36,6 +37,7 @@ from pixcell_min.data import (find_tiles, fit_tile, image_to_tensor, read_tile,
 from pixcell_min.embeddings import PatchEmbed, sincos_grid
 from pixcell_min.precision import choose_device, refusal
 from pixcell_min.schedulers import NoiseSchedule
+from pixcell_min.signals import StopSignals, Terminated, sigterm_interrupts
 from pixcell_min.tools.metrics import RUIFROK
 from pixcell_min.tools.synthetic import FIRST, render_tile
 from pixcell_min.training import timestep_weights
@@ -336,17 +338,35 @@ class Trainer:
                 if key.startswith(name + ".")}
 
 
+def check_finite(trainer, losses, stage):
+    """Raises: ValueError if one of the losses, or a weight as it is now, is NaN or infinite.
+
+    A gradient's NaN is in a weight after its step, for good, so that none need be asked for.
+    """
+    values = [*losses, *trainer.parameters.values()]
+    if not torch.stack([value.detach().isfinite().all() for value in values]).all():
+        raise ValueError(f"{stage}: a loss or weight is NaN or infinite by step {trainer.step}; "
+                         "what was saved before is intact, but would go the same way: begin in "
+                         "another --work with a lower --vae-learning-rate or --learning-rate")
+
+
 def run_stage(trainer, total, loss_at, description, seed):
-    """Steps until `total`: bar, log line every 50, saved state every few minutes and at the end."""
+    """Steps until `total`: bar, log line every 50, saved state every few minutes and at the end.
+
+    Raises: ValueError, with the earlier state intact, if a loss or weight is not finite;
+    KeyboardInterrupt, after the step under way and with the state saved, at SIGINT or SIGTERM.
+    """
     saved, smooth, recent = time.monotonic(), None, []
-    with tqdm(total=total, initial=trainer.step, desc=description, mininterval=5) as bar:
-        while trainer.step < total:
+    with StopSignals() as stop, tqdm(
+            total=total, initial=trainer.step, desc=description, mininterval=5) as bar:
+        while trainer.step < total and not stop.received:
             loss = loss_at(generator_for(seed, trainer.step))
             trainer.update(loss, total)
             recent.append(loss.detach())
             bar.update()
             if trainer.step % 50 == 0:
                 # Asked for at once: each question makes the CPU wait for a GPU.
+                check_finite(trainer, recent, description)
                 for value in torch.stack(recent).tolist():
                     smooth = value if smooth is None else 0.98 * smooth + 0.02 * value
                 recent.clear()
@@ -355,9 +375,13 @@ def run_stage(trainer, total, loss_at, description, seed):
                     log.write(json.dumps({"step": trainer.step, "loss": smooth,
                                           "stage": description}) + "\n")
             if time.monotonic() - saved > SAVE_SECONDS:
+                check_finite(trainer, recent, description)
                 trainer.save()
                 saved = time.monotonic()
-    trainer.save()
+        check_finite(trainer, recent, description)
+        trainer.save()
+    if stop.received:
+        raise Terminated if stop.received == signal.SIGTERM else KeyboardInterrupt
 
 
 def patch_basis(tiles, generator):
@@ -721,22 +745,23 @@ def pretrain(args):
 
 
 def main(arguments=None):
-    """Run the command line; returns the exit code: 0, or 2 after a one-line error."""
+    """Run the command line; → exit code: 0, 2 after a one-line error, 128 + a signal's number."""
     args = parse_pretrain(arguments)
     torch.set_flush_denormal(True)
     if args.threads:
         torch.set_num_threads(args.threads)
     try:
-        pretrain(args)
+        with sigterm_interrupts():
+            pretrain(args)
     except (ValueError, OSError) as error:
         line = error
     except (RuntimeError, MemoryError) as error:
         if not (line := refusal(error, "take a smaller --batch and --half-batch")):
             raise  # a fault of ours: with its traceback
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("pretrain: interrupted; the same command goes on from the state last saved",
               file=sys.stderr)
-        return 130
+        return 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
     else:
         return 0
     finally:
