@@ -573,7 +573,6 @@ def train_transformer(args, work, tiles, latents):
     if not args.freeze_encoder:
         trained |= {"encoder": encoder, "head": head}
     trainer = Trainer(trained, args.learning_rate, work / "joint.pt", settings)
-    total = args.half_steps + args.steps
     moments = latent_moments(latents[::max(1, len(latents) // 1000)].float())
     center, spread = moments.mean(0), moments.std(0)
     mean, std = (torch.tensor(v, device=device)[:, None, None]
@@ -612,7 +611,7 @@ def train_transformer(args, work, tiles, latents):
         return (loss + ENCODER_WEIGHT * contrastive_loss(first.float(), second.float())
                 + ENCODER_WEIGHT * F.mse_loss(guessed, (latent_moments(x0) - center) / spread))
 
-    run_stage(trainer, total, loss_at, "joint", args.seed + 1)
+    run_stage(trainer, args.half_steps + args.steps, loss_at, "joint", args.seed + 1)
     averaged = trainer.averaged("transformer")
     averaged["caption_projection.uncond_embedding"] = transformer.uncond_embedding
     write_transformer(args.out / "transformer", averaged)
