@@ -19,10 +19,9 @@ from pixcell_min.checks import (BELOW_ONE, BLOCKS, DEVICE, FLAG, INT_OR_NULL, SE
                                 nonnegative_float, nonnegative_int, one_of, positive_float,
                                 positive_int, words)
 
-# Settings that a resumed run may change: they touch neither a drawn number nor a weight. Folders of
-# a base and of tiles may have moved: what is in them is compared by hash.
-FREE_ON_RESUME = {"data", "features", "base", "out", "cache", "decode_workers", "save_every",
-                  "validate_every", "sample_count", "guidance_scale", "keep_states", "sample_every"}
+# Settings that a resumed run may change: they touch neither a drawn number nor a weight.
+FREE_ON_RESUME = {"out", "cache", "decode_workers", "save_every", "validate_every", "sample_count",
+                  "guidance_scale", "keep_states", "sample_every"}
 YAML_HEAD = """\
 # All settings of a run: python train.py --config config.yaml
 # A line that is left out keeps its default; flags win over this file (python train.py --help).

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 import sample
 import train
@@ -418,29 +416,6 @@ def test_a_resume_names_each_difference_and_refuses_those_that_change_the_result
     noted = capsys.readouterr().err
     assert "of no effect on the result: save_every 2 → 3; keep_states 2 → 3" in noted
     assert train.read_yaml(run / "config.yaml")["save_every"] == 3
-
-
-def test_a_resume_takes_a_base_and_tiles_that_have_moved_but_no_others(
-        arguments, tmp_path, whole, monkeypatch, capsys):
-    run, (data, base) = tmp_path / "run", (Path(arguments[arguments.index(flag) + 1])
-                                           for flag in ("--data", "--base"))
-    with monkeypatch.context() as patch:
-        at_step(4, interrupt, patch)
-        assert train.main([*arguments, *SIX]) == 130
-    new_base, new_data = shutil.copytree(base, tmp_path / "another base"), data.rename(tmp_path / "moved")
-    assert resume(run) == 2 and str(data) in last_line(capsys)  # there is nothing where it was
-    name = next((new_data / "TUM").iterdir())
-    pixels = name.read_bytes()
-    Image.new("RGB", (64, 64)).save(name)
-    flags = ["--data", str(new_data), "--base", str(new_base)]
-    assert resume(run, *flags) == 2 and " was " in (error := last_line(capsys)) and (
-        "tiles" in error or "held_out" in error)
-    name.write_bytes(pixels)
-    assert resume(run, *flags) == 0
-    assert f"of no effect on the result: data {data} → {new_data}; base {base} → {new_base}" in (
-        capsys.readouterr().err)
-    assert_same_weights(weights(run), whole[0])
-    assert timeless(run) == whole[1]
 
 
 def test_validate_every_is_free_on_resume_unless_it_decides_where_the_run_ends(
