@@ -4,10 +4,13 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
+import re
 import shutil
 import signal
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -321,7 +324,7 @@ def test_a_step_lies_on_the_chosen_device_and_asks_it_for_no_number(
     args = SimpleNamespace(
         **({"freeze_encoder": False} | flags), device=torch.device("meta"), seed=0, start_from=None,
         vae_learning_rate=1e-3, learning_rate=1e-3, half_steps=1, steps=1, vae_half_steps=1,
-        vae_steps=1, half_batch=4, batch=3, bf16=False, out=tmp_path, bank="")
+        vae_steps=1, half_batch=4, batch=3, bf16=False, out=tmp_path, bank="", vae="")
     tiles = torch.zeros(5, 3, 256, 256, dtype=torch.uint8, device="meta")
     latents = torch.zeros(5, 16, 32, 32, dtype=torch.float16, device="meta")
     trainers, devices = [], []
@@ -459,8 +462,10 @@ def test_a_state_goes_on_with_more_steps_and_over_the_base_it_began_from(
         tmp_path, miniature, capsys):
     flags = miniature_flags(tmp_path)
     assert pretrain.main(flags) == 0
+    assert pretrain.main(flags + ["--half-steps", "3"]) == 0
     more = flags + ["--vae-half-steps", "2", "--vae-steps", "2", "--half-steps", "3"]
-    assert pretrain.main(more) == 0
+    assert pretrain.main(more) == 2  # what the transformer has learnt are another VAE's latents
+    assert re.search(r"joint.pt: cannot go on: vae was \w{16}, is \w{16}; ", capsys.readouterr().err)
     assert [load_object(tmp_path / "work" / f"{stage}.pt")["step"] for stage in ("vae", "joint")
             ] == [4, 5]
     for extra in ([], ["--freeze-encoder"]):
@@ -479,6 +484,25 @@ def test_a_state_of_older_code_is_refused_in_a_line(tmp_path):
     checkpoint.save_object(trainer.path, older)
     with pytest.raises(ValueError, match="state.pt: saved by another version of this code"):
         pretrain.Trainer({"m": module}, 1e-2, trainer.path, {})
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def hears_ctrl_c():
+    return np.full((3, 256, 256), signal.getsignal(signal.SIGINT) != signal.SIG_IGN, np.uint8)
+
+
+def test_ctrl_c_is_the_parents_and_not_the_workers():
+    handler = signal.getsignal(signal.SIGINT)
+    assert not pretrain.run_jobs([hears_ctrl_c], 2).any()
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_a_worker_that_is_killed_is_one_line():
+    with pytest.raises(ValueError, match="fewer --workers"):
+        pretrain.run_jobs([die], 2)
 
 
 def test_missing_images_are_one_line(tmp_path, capsys):

@@ -6,8 +6,8 @@
 Trained on procedural tiles of the first laboratory and on openly licensed H&E images. The encoder
 sees its tile under another stain and another flip than the transformer must draw: its embedding can
 only speak of morphology, as UNI2-h's does, and the palette becomes the base's own. Running the same
-command again continues from the last saved state, which other settings refuse: the numbers of steps
-alone may change.
+command again continues from the last saved state. A state is refused under other settings that its
+result depends on, but for its stage's numbers of steps, which may grow.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import signal
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -199,9 +200,17 @@ def run_jobs(jobs, workers):
         fill(map(operator.call, jobs))
         return bank
     # Spawned: a fork would inherit locks of threads that it lacks. One thread each: no more cores.
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"),
-                             torch.set_num_threads, (1,)) as pool:
-        fill(pool.map(operator.call, jobs, chunksize=16))
+    try:
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"),
+                                 torch.set_num_threads, (1,)) as pool:
+            # A terminal's Ctrl-C goes to the workers, too: they are born deaf to it.
+            handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+            results = pool.map(operator.call, jobs, chunksize=4)
+            signal.signal(signal.SIGINT, handler)
+            fill(results)
+    except BrokenProcessPool:
+        raise ValueError("a process that makes tiles was ended, for want of memory perhaps; take "
+                         "fewer --workers") from None
     return bank
 
 
@@ -227,6 +236,8 @@ def training_tiles(args, work):
     if crops:
         open_images(args.open_tiles)  # refuses one that is of no use before the work begins
         jobs += [partial(open_crop, args.open_tiles, args.seed, i) for i in range(crops)]
+    if args.workers > 1:
+        open_images.cache_clear()  # each worker has its own
     tiles = run_jobs(jobs, args.workers)
     open_images.cache_clear()
     checkpoint.save_tensors(path, {"tiles": tiles}, {"made_with": made_with})
@@ -471,8 +482,8 @@ def latent_bank(args, work, tiles, vae):
     """Posterior means of all tiles, (N, 16, 32, 32) float16, made once for this VAE and bank."""
     vae.to(args.device)
     path = work / "latents.safetensors"
-    weights = args.out / "vae" / "diffusion_pytorch_model.safetensors"
-    made_from = {"vae": checkpoint.file_hash(weights), "tiles": args.bank, "bf16": str(args.bf16)}
+    args.vae = checkpoint.file_hash(args.out / "vae" / "diffusion_pytorch_model.safetensors")[:16]
+    made_from = {"vae": args.vae, "tiles": args.bank, "bf16": str(args.bf16)}
     if path.exists():
         tensors, header = checkpoint.read_tensors(path)
         if header.items() >= made_from.items():
@@ -562,7 +573,7 @@ def train_transformer(args, work, tiles, latents):
             args.start_from / "uni").state_dict(), args.start_from)
     modules = ([transformer], [encoder]) if args.freeze_encoder else ([transformer, encoder],)
     settings = stage_settings(
-        args, ("learning_rate", "half_batch", "batch", "freeze_encoder"), *modules)
+        args, ("vae", "learning_rate", "half_batch", "batch", "freeze_encoder"), *modules)
     transformer.to(device), encoder.to(device)
     window = WindowPatchEmbed(NANO_TRANSFORMER, transformer.proj_out.in_features)
     window.proj = transformer.pos_embed.proj
@@ -661,7 +672,7 @@ def write_encoder(folder, tensors):
 
 
 def round_trip_psnr(vae, images) -> float:
-    """PSNR in dB of encode → decode over 256-px RGB images, from the mean squared error of all."""
+    """PSNR in dB of encode → decode over RGB images (sides multiples of 8), from the mean error."""
     errors, device = [], next(vae.parameters()).device
     for image in images:
         with torch.no_grad():
