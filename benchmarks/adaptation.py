@@ -77,6 +77,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "runs/adaptation")
     parser.add_argument("--train", default="", help="further flags of train.py, for all variants")
     options = parser.parse_args()
+    if options.ema and "--ema-decay" not in options.train:
+        parser.error("--ema needs --train '--ema-decay 0.999': without it no averages are kept")
     if options.data is None:  # once, before jobs side by side would each make them
         options.data = second_laboratory(options.work / "cache")
     names = [name.replace("+", ", ") for name in options.variants.split(",")]
@@ -105,7 +107,9 @@ def folder_of(work, name, seed) -> Path:
 def run(work, name, seed, options) -> None:
     """Train and evaluate one variant at one seed, unless both are done."""
     folder, images = folder_of(work, name, seed), Path("evaluation/images/base")
-    if (folder / "evaluation/report.json").exists():
+    if (report := folder / "evaluation/report.json").exists():
+        if json.loads(report.read_text())["settings"].get("ema", False) != options.ema:
+            sys.exit(f"{report}: with --ema or without; give each a --name or --work of its own")
         return
     started = ["--resume"] if any(folder.glob("states/step-*.pt")) else ["--overwrite"]
     call([sys.executable, "train.py", "--data", str(options.data), "--out", str(folder),

@@ -2,17 +2,19 @@
 
 import importlib.util
 import json
+import math
 import subprocess
 import sys
 
 import pytest
 import torch
+from einops import rearrange
 from PIL import Image
 
 from conftest import ROOT
 from pixcell_min.lora import LoRALinear
 from pixcell_min.config import parse_train
-from pixcell_min.data import image_to_tensor
+from pixcell_min.data import image_to_tensor, tensor_to_image
 from pixcell_min.tools import evaluate
 from pixcell_min.tools.synthetic import FIRST, SECOND, write_dataset
 
@@ -91,11 +93,33 @@ def test_averaged_weights_are_trained_then_evaluated(tmp_path, monkeypatch):
     monkeypatch.setattr(adaptation, "collect", lambda work, options: sys.exit(0))
     with pytest.raises(SystemExit):
         adaptation.main()
+    report = adaptation.folder_of(tmp_path / "x", "default", 0) / "evaluation" / "report.json"
+    report.write_text('{"settings": {"ema": false}}')
+    with pytest.raises(SystemExit, match="with --ema or without"):
+        adaptation.main()
+    monkeypatch.setattr(sys, "argv", ["adaptation.py", "--name", "x", "--ema"])
+    with pytest.raises(SystemExit, match="2"):  # and no hour of training before that
+        adaptation.main()
     trained, evaluated = commands
     config, _ = parse_train(trained[2:])
     options = evaluate.parse_evaluate(evaluated[3:])
     assert config.ema_decay == 0.9 and options.ema
     assert options.out == adaptation.folder_of(tmp_path / "x", "default", 0) / "evaluation"
+
+
+def test_a_linear_codes_psnr_is_that_of_what_16_components_leave_out(rng=torch.Generator()):
+    quality = benchmark("base_quality")
+    basis = torch.linalg.qr(torch.randn(192, 192, generator=rng.manual_seed(0)))[0]
+    scale = torch.cat([torch.full((16,), 0.3), torch.full((176,), 0.02)])
+    patches = torch.randn(4, 24, 24, 192, generator=rng) * scale @ basis.T
+    images = rearrange(patches, "b h w (c i j) -> b c (h i) (w j)", i=8, j=8)
+    assert images.abs().max() < 1
+    images = [tensor_to_image(image) for image in images]
+    left_out = 176 * 0.02**2 / 192  # of each pixel value, of ±1
+    assert quality.linear_psnr(images) == pytest.approx(10 * math.log10(4 / left_out), abs=0.2)
+    assert quality.may_stay_as_stored(images)
+    assert not quality.may_stay_as_stored([*images, images[0].resize((64, 64))])
+    assert not quality.may_stay_as_stored([images[0].resize((150, 150))])
 
 
 def test_true_shift_is_that_of_the_stain_alone(tmp_path):

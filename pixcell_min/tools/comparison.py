@@ -91,7 +91,7 @@ def compare(real, other, features, other_features, intervals=True) -> dict:
     """Two sets of images by colour and features; `other` has a multiple of `real`'s number.
 
     Distances of features grow with the inequality of numbers: there the first image of each tile.
-    Image i of the one belongs to image i of the other: drawn from it, or of its class.
+    The first image of tile i is tile i's: drawn from it, or (but for an odd one) of its class.
     """
     results, n, count = {}, len(other), len(real)
     per_tile = n // max(count, 1)

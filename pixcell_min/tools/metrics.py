@@ -355,11 +355,11 @@ def bootstrap(statistic, n, repeats=200, seed=0, level=0.95, distinct=False):
 def jackknife(statistic, n, level=0.95, centre=None):
     """Interval (low, high) of `statistic` around its own value; Quenouille 1956, Tukey 1958.
 
-    statistic takes indices into 0 .. n - 1: all of them, then all but one, n times; its standard
-    error is sqrt((n - 1) / n Σ (θ_i − mean θ)²), the interval symmetric and normal. For distances
-    between sets: a resampled set is further from another than the set itself, so that `bootstrap`
-    would shift them. centre: the value to put it around, where `statistic` is a cheaper
-    approximation of what has it. Raises: ValueError for n < 2 or a level out of (0, 1).
+    statistic takes indices into 0 .. n - 1: all but one, n times, and all; its standard error is
+    sqrt((n - 1) / n Σ (θ_i − mean θ)²), the interval symmetric and normal. For distances between
+    sets: a resampled set is further from another than the set itself, so that `bootstrap` would
+    shift them. centre: a value to put it around instead, of which `statistic` is a cheaper
+    approximation. Raises: ValueError for n < 2 or a level out of (0, 1).
     """
     if n < 2 or not 0 < level < 1:
         raise ValueError(f"jackknife: got n {n}, level {level}; needs n >= 2, 0 < level < 1")
