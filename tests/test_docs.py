@@ -530,16 +530,17 @@ def test_the_readmes_other_tables_are_those_of_their_results():
         pairs = [f"{its[arm][name]:.{n}f}" for name, n in (
             ("colour W1", 2), ("cosine", 3), ("nuclei r", 2)) for arm in ("base", "both")]
         wanted.append(f"| {its['rows']} | {' | '.join(pairs)} |")
-    for grid in ("nct_grid", "kather_grid"):
+    for grid in ("nct_grid", "kather_grid", "procedural_grid"):
         for name, variant in RESULTS[f"adaptation_{grid}"]["variants"].items():
             cells = [GRID_LABELS.get(name, name), ranged(variant["colour, % of base"], 0),
                      *(ranged(variant["columns"]["both"][name], n) for name, n in PLACES)]
             wanted.append(f"| {' | '.join(cells)} |")
             assert variant["seeds"] == 3
-    floor = RESULTS["adaptation_kather_grid"]["variants"]["default"]["columns"]["real_real"]
-    cells = [ranged(floor[name], n) if floor.get(name) else "–" for name, n in PLACES]
-    wanted.append(f"| real–real floor | – | {' | '.join(cells)} |")
-    for name, labels in (("nct_grid", ["base | –"]), ("kather_grid", ["base | –"]),
+    for grid in ("kather_grid", "procedural_grid"):
+        floor = RESULTS[f"adaptation_{grid}"]["variants"]["default"]["columns"]["real_real"]
+        cells = [ranged(floor[name], n) if floor.get(name) else "–" for name, n in PLACES]
+        wanted.append(f"| real–real floor | – | {' | '.join(cells)} |")
+    for name, labels in (("nct_grid", ["base | –"]), ("kather_grid", ["base | –"]), ("procedural_grid", ["base | –"]),
                          ("procedural", ["base", "**adapter + LoRA**", "base, recoloured"])):
         its = RESULTS[f"adaptation_{name}"]["variants"]["default"]["columns"]
         wanted += [f"| {label} | {' | '.join(ranged(its[LABELS[label.removesuffix(' | –')]][name], n) for name, n in PLACES)} |"
@@ -694,6 +695,40 @@ def test_what_the_readme_says_of_kathers_grid_is_so():
         f"the adapter alone most ({left[adapters[0]]:.0f} %, at 3e-3 {left[adapters[1]]:.0f} %)",
         f"{nuclei([*inside, across])} with LoRA, {nuclei(adapters)} with the adapter alone, "
         f"{nuclei(['default'], 'base')} for the base")
+
+
+def test_what_the_readme_says_of_the_procedural_grid_is_so():
+    grid, whole = (RESULTS[f"adaptation_{name}"]["variants"] for name in ("procedural_grid", "procedural"))
+    parts = {"LoRA trained alone", "adapter trained alone", "adapter trained alone, 3e-3"}
+    assert {its["seeds"] for its in grid.values()} == {3}
+    assert grid.keys() == benchmark("adaptation").VARIANTS.keys() - parts and whole.keys() >= {*parts} - {
+        "adapter trained alone, 3e-3"}
+    left = {name: its["colour, % of base"] for name, its in grid.items()}
+    across, alone = "cross-attention alone", "self-attention alone"
+    ranks = [name for name in grid if name not in (across, alone)]
+    medians = [left[name]["median"] for name in ranks]
+    spread = max(max(left[name]["values"]) - min(left[name]["values"]) for name in ranks)
+    base = grid["default"]["columns"]["base"]
+
+    def fell(names):
+        every = [[after / before for name in names for before, after in zip(
+            base[angle]["values"], grid[name]["columns"]["both"][angle]["values"], strict=True)]
+            for angle in ("H angle °", "E angle °")]
+        return " and ".join(f"{min(its):.2f} to {max(its):.2f}" for its in every)
+    gains = [(name, low, high) for name, its in grid.items()
+             for _, low, high in its["value, low, high"]["gain in cosine"]]
+    assert not any(low > 0 for _, low, _ in gains) and [name for name, _, high in gains if high < 0] == [across]
+    more = max(its["columns"]["both"]["nuclei r"]["median"] for its in grid.values()) - base["nuclei r"]["median"]
+    near = 100 * max(max(its["columns"]["both"]["nearer than 5 %"]["values"]) for its in grid.values())
+    assert more < 0.015
+    assert_quoted(
+        f"matter least here: medians of {min(medians):.0f} to {max(medians):.0f} % of the colour shift left, the seeds of a "
+        f"row up to {spread:.0f} points apart; 150 steps leave as much as 300 ({left['default']['median']:.0f} and "
+        f"{whole['default']['colour, % of base']['median']:.0f} %)",
+        f"to {fell(ranks)} of the base's with LoRA on all attention, to {fell([alone])} on self-attention alone, to "
+        f"{fell([across])} on cross-attention alone",
+        f"alone leaves {percents(left[alone])} and {percents(left[across])}",
+        f"at most {near:.0f} % of the images of a row and seed lie nearer")
 
 
 def test_what_the_readme_says_of_each_seed_is_so():
