@@ -435,6 +435,14 @@ def test_a_dataset_grows_without_changing_where_a_tile_is_unreadable(made, tmp_p
         assert any(note.startswith(f"skipped {tiles / 'TUM' / name}: ") for note in notes)
 
 
+def test_the_first_unreadable_tile_that_is_named_is_a_held_out_one(made, tmp_path, capsys):
+    (tmp_path / "tiles").mkdir()
+    (tmp_path / "tiles" / "a.png").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "tiles" / "b.png").write_bytes(b"no image")
+    assert f"among 1 held-out ones; first skipped {tmp_path / 'tiles' / 'b.png'}: " in refused(
+        command(tmp_path / "tiles", made[1]), capsys)
+
+
 def test_tiles_none_of_which_can_be_opened_are_one_line(made, tmp_path, capsys):
     (tmp_path / "tiles").mkdir()
     (tmp_path / "tiles" / "a.png").symlink_to(tmp_path / "nowhere")

@@ -243,7 +243,7 @@ def read_samples(tiles, models, fit, notes, count=None) -> list[Sample]:
 
     Raises: ValueError if there is none.
     """
-    samples, refitted = [], 0
+    samples, refitted, before = [], 0, len(notes)
     for key, tile in tqdm(tiles.items(), "reading tiles", unit="tile", disable=None):
         if len(samples) == count:
             break
@@ -256,7 +256,8 @@ def read_samples(tiles, models, fit, notes, count=None) -> list[Sample]:
         # One by one: a product over n rows may round otherwise, and bytes would depend on n.
         samples.append(Sample(tile, key, fit(image), models.encoders[OWN](fit(image))))
     if not samples:
-        raise ValueError(f"no readable tile among {len(tiles)} held-out ones; first {notes[0]}")
+        raise ValueError(f"no readable tile among {len(tiles)} held-out ones; first "
+                         f"{notes[before]}")
     if refitted:
         notes.append(f"{refitted} of {len(samples)} tiles were not {models.size}×{models.size} px; "
                      f"fitted by {fit.keywords['how']}, as the run's settings say")

@@ -37,6 +37,7 @@ from pixcell_min.data import (find_tiles, fit_tile, image_to_tensor, read_tile,
                               tensor_to_image)
 from pixcell_min.embeddings import PatchEmbed, sincos_grid
 from pixcell_min.precision import choose_device, refusal
+from pixcell_min.released import SCHEDULER
 from pixcell_min.schedulers import NoiseSchedule
 from pixcell_min.signals import StopSignals, Terminated, sigterm_interrupts
 from pixcell_min.tools.metrics import RUIFROK
@@ -205,8 +206,10 @@ def run_jobs(jobs, workers):
                                  torch.set_num_threads, (1,)) as pool:
             # A terminal's Ctrl-C goes to the workers, too: they are born deaf to it.
             handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-            results = pool.map(operator.call, jobs, chunksize=4)
-            signal.signal(signal.SIGINT, handler)
+            try:
+                results = pool.map(operator.call, jobs, chunksize=4)
+            finally:
+                signal.signal(signal.SIGINT, handler)
             fill(results)
     except BrokenProcessPool:
         raise ValueError("a process that makes tiles was ended, for want of memory perhaps; take "
@@ -652,12 +655,8 @@ def write_transformer(folder, tensors):
     checkpoint.save_tensors(folder / "diffusion_pytorch_model.safetensors",
                             {k: v.half() for k, v in tensors.items()})
     checkpoint.write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    scheduler = {"_class_name": "DPMSolverMultistepScheduler", "num_train_timesteps": 1000,
-                 "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear",
-                 "prediction_type": "epsilon", "algorithm_type": "dpmsolver++", "solver_order": 2,
-                 "solver_type": "midpoint", "timestep_spacing": "linspace"}
     checkpoint.write_text(folder.parent / "scheduler" / "scheduler_config.json",
-                          json.dumps(scheduler, indent=2) + "\n")
+                          json.dumps(SCHEDULER, indent=2) + "\n")
 
 
 def write_encoder(folder, tensors):
